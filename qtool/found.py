@@ -1,0 +1,28 @@
+"""Finds grids, methods and formats by their file name: adding one is adding one file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+
+from qtool.errors import RecipeError
+
+
+def names(folder: str) -> list[str]:
+    """The members of qtool/<folder>, as users type them (file compressed_tensors.py is compressed-tensors)."""
+    path = Path(__file__).parent / folder
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
+                  if not module.name.startswith("_"))
+
+
+def load(folder: str, name: str) -> ModuleType:
+    """The module of one member. Raises RecipeError with the nearest name for an unknown one."""
+    known = names(folder)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise RecipeError(f"unknown {folder[:-1]} '{name}'{hint} (known: {', '.join(known)})")
+    return importlib.import_module(f"qtool.{folder}.{name.replace('-', '_')}")

@@ -1,0 +1,60 @@
+"""The asymmetric target: aim at what the unquantized model would compute, not at this layer alone (frontier 1.2).
+
+min_Q |Q X - W X~|², with X~ the inputs in the unquantized model, is the ordinary problem for a moved target:
+    W* = W + a W (C - H)(H + λI)⁻¹,   C - H = E[(x~ - x) xᵀ].
+a = 1 is the exact reduction but fits noise; "auto" takes the `a` in [0, limit] that is best on held-out tokens, which
+is closed form, since the held-out loss is quadratic in a.
+Sources: QEP (NeurIPS 2025), GPTAQ (ICML 2025), Qronos (ICLR 2026).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from qtool.errors import NumericalError
+from qtool.layer import Layer, factor
+from qtool.recipe import Strict
+
+CALIBRATED = True
+NEEDS_FLOAT_STREAM = True
+
+
+class Options(Strict):
+    """factor: the `a` of the target, or auto.  limit: the largest `a` that auto may take.  damping: λ, see gptq."""
+
+    factor: float | Literal["auto"] = "auto"
+    limit: float = Field(1.0, ge=0.0, le=1.0)
+    damping: float = Field(0.01, ge=0.0, le=1.0)
+    damping_mode: Literal["mean", "relative"] = "mean"
+
+
+def run(layer: Layer, options: Options) -> Layer:
+    stats = layer.stats
+    if stats is None:
+        raise NumericalError(f"{layer.name}: the asymmetric target needs calibration statistics and got none")
+    if stats.cross is None:  # experts: the two streams may route a token differently
+        return layer.having(notes={"asymmetric": 0.0})
+    upper, _ = factor(layer.name, stats.hessian, options.damping, options.damping_mode)
+    direction = _solve(upper, layer.weight @ stats.cross)
+    strength = best_factor(layer.weight, direction, stats.held_out, stats.held_out_cross)
+    strength = min(strength, options.limit) if options.factor == "auto" else float(options.factor)
+    return layer.having(target=layer.weight + strength * direction, notes={"asymmetric": round(strength, 4)})
+
+
+def best_factor(weight: torch.Tensor, direction: torch.Tensor, hessian: torch.Tensor,
+                cross: torch.Tensor | None) -> float:
+    """argmin over a in [0, 1] of |(W + a P) X - W X~|² on the tokens of hessian and cross, P the direction [N, K]."""
+    if cross is None:
+        return 0.0
+    slope = float(((direction @ cross.T) * weight).sum(dtype=torch.float64))
+    curvature = float(((direction @ hessian) * direction).sum(dtype=torch.float64))
+    return min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+
+
+def _solve(upper: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """right (R Rᵀ)⁻¹ for right [N, K], R upper triangular."""
+    half = torch.linalg.solve_triangular(upper.T, right, upper=False, left=False)
+    return torch.linalg.solve_triangular(upper, half, upper=True, left=False)

@@ -1,0 +1,241 @@
+"""A recipe: YAML and flags become typed, checked data. Knows nothing about any model.
+
+The resolved recipe decides the output together with the source and the calibration tokens; it is kept in the manifest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qtool.errors import RecipeError
+
+HERE = Path(__file__).parent
+FOLDERS = (HERE / "recipes", HERE.parent / "recipes")  # an installed package; a source checkout
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scheme(Strict):
+    """What is stored for one linear: the grid and its parameters. group_size -1 is one group per output row."""
+
+    grid: str = "affine"
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int | Literal["auto"] = 128
+    symmetric: bool = True
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value != -1 and (value < 8 or value % 8):
+            raise ValueError("group_size is -1 (per output channel), auto, or a positive multiple of 8")
+        return value
+
+    @property
+    def label(self) -> str:
+        """Short name such as int4-g64 or uint4-g128 (uint: with zero points)."""
+        group = {-1: "channel", "auto": "gauto"}.get(self.group_size, f"g{self.group_size}")
+        return f"{'int' if self.symmetric else 'uint'}{self.bits}-{group}"
+
+
+class Rule(Strict):
+    """Overrides for the linears whose name matches; the first rule that matches wins."""
+
+    match: str
+    skip: bool = False
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: int | Literal["auto"] | None = None
+    symmetric: bool | None = None
+    grid: str | None = None
+
+    def matches(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self.match)
+
+    def apply(self, scheme: Scheme) -> Scheme | None:
+        if self.skip:
+            return None
+        changes = {key: value for key, value in self.model_dump(exclude={"match", "skip"}).items() if value is not None}
+        return Scheme.model_validate({**scheme.model_dump(), **changes})
+
+
+class Calibration(Strict):
+    """Which text is run through the model. samples None: 128 on a CPU, 512 on a GPU."""
+
+    source: str = "builtin"
+    samples: int | None = Field(None, ge=1)
+    sequence_length: int = Field(512, ge=8)
+    held_out: float = Field(0.0625, ge=0.0, le=0.5)
+    batch_tokens: int = Field(4096, ge=1)
+
+
+class Recipe(Strict):
+    """A whole run. `steps` is a list of {name: options}; the options belong to methods/<name>.py."""
+
+    name: str = "custom"
+    preset: str | None = None
+    steps: tuple[dict[str, dict[str, Any]], ...] = ({"rtn": {}},)
+    scheme: Scheme = Scheme()
+    rules: tuple[Rule, ...] = ()
+    format: str = "compressed-tensors"
+    calibration: Calibration = Calibration()
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    seed: int = Field(0, ge=0)
+    memory_budget_gb: float = Field(4.0, gt=0)  # activations past this go to a memory-mapped file
+    shard_gb: float = Field(4.0, gt=0)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_step_per_entry(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("steps is a list of method names, each with its options: - gptq: {damping: 0.01}")
+        steps = []
+        for entry in value:
+            entry = {entry: {}} if isinstance(entry, str) else entry
+            if not isinstance(entry, Mapping) or len(entry) != 1:
+                raise ValueError(f"each step is one name with its options, not {entry!r}")
+            steps.append({name: options or {} for name, options in entry.items()})
+        return tuple(steps)
+
+    @property
+    def method(self) -> str:
+        return "+".join(next(iter(step)) for step in self.steps)
+
+    def scheme_for(self, name: str) -> tuple[Scheme | None, int | None]:
+        """The scheme of the linear called name (None: left as it is), and the index of the rule that said so."""
+        for index, rule in enumerate(self.rules):
+            if rule.matches(name):
+                return rule.apply(self.scheme), index
+        return self.scheme, None
+
+
+def available() -> dict[str, Path]:
+    """The ready recipes by file name."""
+    return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(name: str) -> Recipe:
+    """Read a recipe from a YAML file, or a ready recipe by name. Raises RecipeError."""
+    ready = available()
+    path = Path(name) if name.endswith((".yaml", ".yml")) or Path(name).is_file() else ready.get(name)
+    if path is None:
+        raise RecipeError(f"there is no recipe called '{name}'{_nearest(name, ready)}; ready ones: {', '.join(ready)}")
+    return parse(_read(path), str(path))
+
+
+def preset(method: str) -> Recipe:
+    """The ready recipe that `--method METHOD` stands for: the one whose `preset` key says so."""
+    found = {}
+    for path in available().values():
+        data = _yaml(_read(path), str(path))
+        if isinstance(data, dict) and isinstance(data.get("preset"), str):
+            found[data["preset"]] = path
+    if method not in found:
+        raise RecipeError(f"unknown method '{method}'{_nearest(method, found)}; methods: {', '.join(sorted(found))}")
+    return parse(_read(found[method]), str(found[method]))
+
+
+def parse(text: str, where: str) -> Recipe:
+    """Check the YAML text of a recipe; every complaint names the file, the key and, for a typo, the nearest name."""
+    data = _yaml(text, where)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys such as steps, scheme, format")
+    return _validate(data, where, text)
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any], where: str = "--set") -> Recipe:
+    """The recipe with dotted keys replaced, e.g. {'scheme.bits': 3, 'steps.gptq.damping': 0.05}."""
+    data = recipe.model_dump(mode="json")
+    for key, value in changes.items():
+        _assign(data, key.split("."), value, key, where)
+    return _validate(data, where)
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """'key=value' of --set; the value is YAML, so numbers, booleans and null have their types."""
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {setting}: write it as key=value, e.g. --set scheme.bits=3")
+    return key.strip(), _yaml(value, f"--set {key}")
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any, whole: str, where: str) -> None:
+    if keys[0] == "steps" and len(keys) == 3:
+        for step in data["steps"]:
+            if keys[1] in step:
+                step[keys[1]][keys[2]] = value
+                return
+        names = [name for step in data["steps"] for name in step]
+        raise RecipeError(f"{where} {whole}: the recipe has no step '{keys[1]}'; its steps: {', '.join(names)}")
+    for key in keys[:-1]:
+        if not isinstance(data.get(key), dict):
+            raise RecipeError(f"{where} {whole}: '{key}' has no keys below it{_nearest(key, data)}")
+        data = data[key]
+    data[keys[-1]] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load without aliases (no exponential documents) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*name) are not allowed, line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"key '{key_node.value}' is given twice, line {key_node.start_mark.line + 1}")
+            seen.add(key_node.value if isinstance(key_node.value, str) else str(key_node.value))
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{path}: larger than 1 MiB; that is no recipe")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe file {path} does not exist; ready recipes: {', '.join(available())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
+
+
+def _validate(data: dict[str, Any], where: str, text: str = "") -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: " + "; ".join(_complaint(entry, text) for entry in error.errors())) from None
+
+
+def _complaint(entry: Any, text: str) -> str:
+    path = [str(part) for part in entry["loc"] if part not in ("int", "literal['auto']")]
+    key = ".".join(path)
+    line = next((f" (line {number})" for number, content in enumerate(text.splitlines(), 1)
+                 if path and content.strip().lstrip("- ").startswith(path[-1] + ":")), "")
+    if entry["type"] == "extra_forbidden":
+        model: type[BaseModel] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration}.get(
+            path[0] if len(path) > 1 else "", Recipe)
+        return f"unknown key '{key}'{line}{_nearest(path[-1], model.model_fields)}"
+    return f"{key}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {entry['input']!r})"
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), 1, 0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
