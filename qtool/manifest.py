@@ -1,0 +1,90 @@
+"""manifest.json: what was made of what, and how well. It is also what a resumed run is compared with.
+
+No times, no paths of the machine: the same input gives the same manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import CheckpointError, OutputError
+
+NAME = "manifest.json"
+SCHEMA = 1
+MAX_BYTES = 256 << 20
+
+
+def identity(version: str, source: dict[str, Any], recipe: dict[str, Any], calibration: dict[str, Any] | None,
+             versions: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides the output bytes. Two runs with equal identities write equal files."""
+    return {"schema": SCHEMA, "qtool": version, "source": source, "recipe": recipe, "calibration": calibration,
+            "versions": versions}
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """The fields in which two identities differ, as 'recipe.scheme.bits: 4 -> 3'."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [line for name in sorted({*before, *now})
+                for line in differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)]
+    return [] if before == now else [f"{key}: {_short(before)} -> {_short(now)}"]
+
+
+def refuse_other_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise OutputError, field by field, when an unfinished run is not this run."""
+    changed = differences(before, now)
+    if changed:
+        raise OutputError(f"{folder} holds an unfinished run of something else:\n  " + "\n  ".join(changed[:20])
+                          + "\nGive the same command as before to go on with it, another --out to keep it, "
+                            "or --restart to discard it")
+
+
+def totals(layers: list[dict[str, Any]], parameters: int, weight_bytes: int, source_bytes: int) -> dict[str, Any]:
+    """Sizes over the whole checkpoint; bits per weight over the quantized linears, scales and zero points included."""
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    bits = 8 * sum(layer["bytes"] for layer in layers) / weights if weights else None
+    return {"parameters": parameters, "weight_bytes": weight_bytes, "source_bytes": source_bytes,
+            "quantized_weights": weights, "bits_per_weight": None if bits is None else round(bits, 4)}
+
+
+def file_hash(path: Path) -> str:
+    """sha256, hexadecimal, of one file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write beside, then rename, so that a manifest is never half there."""
+    write_json(folder / NAME, manifest)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished output. Raises CheckpointError."""
+    path = Path(folder) / NAME
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 20} MiB; that is no manifest")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; was this directory written by qtool?") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path}: not a manifest of schema {SCHEMA}")
+    return data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Deterministic JSON, durable before it has its name."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
