@@ -1,0 +1,40 @@
+"""Reading and writing checkpoints: safetensors directories, Hub repositories, GGUF files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qtool.checkpoint.reader import Checkpoint, open_directory
+from qtool.errors import CheckpointError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | None = None) -> Checkpoint:
+    """Open a directory, a .gguf file, or a Hub repository org/name or org/name@revision. Raises CheckpointError.
+
+    work_dir: where config and tokenizer of a GGUF file are unpacked; None is a temporary folder.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() or path.is_file():
+        if revision is not None:
+            raise CheckpointError(f"{model}: a revision ({revision}) belongs to a Hub id, but this is a local path; leave it out")
+        if path.is_dir():
+            return open_directory(path)
+        if path.suffix.lower() == ".gguf":
+            from qtool.checkpoint.gguf_file import open_gguf  # needs transformers
+
+            return open_gguf(path, work_dir)
+        raise CheckpointError(f"{model}: is a file, but not a .gguf file; for safetensors give the folder that holds "
+                              "it and config.json")
+    repository, at, tag = model.partition("@")
+    if model.endswith(".gguf") or not HUB_ID.fullmatch(repository) or (at and not tag):
+        raise CheckpointError(f"{model}: no such file or folder, and not a Hub id (org/name or org/name@revision)")
+    if tag and revision is not None and tag != revision:
+        raise CheckpointError(f"{model}: two revisions are given, {tag} and {revision}; give one")
+    from qtool.checkpoint.hub import open_repository  # needs huggingface_hub
+
+    return open_repository(repository, tag or revision)

@@ -1,0 +1,65 @@
+"""Moves one tensor between a file and memory, without mapping the file: resident memory stays at that tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from qtool.errors import CheckpointError
+from qtool.tensors import TensorSpec
+
+PIECE_BYTES = 1 << 30  # Linux moves at most 2^31 - 4096 bytes in one call
+HASH_BYTES = 8 << 20
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared, not copied."""
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> bool:
+    """Fill the buffer from the file position `offset`; False when the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:done + PIECE_BYTES]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+def read_tensor(descriptor: int, spec: TensorSpec, offset: int) -> torch.Tensor | None:
+    """The contiguous tensor whose bytes begin at `offset`; None when the file ends before they do."""
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    return tensor if read_into(descriptor, as_bytes(tensor), offset) else None
+
+
+def write_all(descriptor: int, buffer: memoryview | bytes, offset: int) -> None:
+    """Write the whole buffer at the file position `offset`. Raises OSError."""
+    view, done = memoryview(buffer), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:done + PIECE_BYTES], offset + done)
+
+
+def sha256_files(paths: Mapping[str, Path]) -> dict[str, str]:
+    """The sha256 of each file in hex, two files at a time (hashing releases the interpreter lock)."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(paths, pool.map(sha256_file, paths.values()), strict=True))
+
+
+def sha256_file(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
