@@ -1,0 +1,140 @@
+"""Reads any checkpoint as dense weights: a quantized one is decoded tensor by tensor, a dense one passes through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from qtool import formats
+from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import CheckpointError, InputError
+from qtool.recipe import Scheme
+from qtool.tensors import DTYPE_NAMES, FLOATING, QuantizedTensor, TensorSpec
+
+
+class Source:
+    """A checkpoint seen as dense weights, with the members of a Checkpoint.
+
+    schemes: Scheme of every quantized linear (empty when there is none).  format: the module of its format, or None.
+    specs: the dense view: P.weight [N, K] in the model's dtype in place of the packed tensors of P.
+    config: config.json without its quantization_config.  checkpoint: what lies on disk.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.origin, self.name, self.kind = checkpoint.origin, checkpoint.name, checkpoint.kind
+        self.directory: Path = checkpoint.directory
+        self.config: dict[str, Any] = _without_quantization(checkpoint.config)
+        self._stored_config = _stored_config(checkpoint)
+        quantization = formats.quantization_config(self._stored_config)
+        self.format: ModuleType | None = formats.recognise(self._stored_config)
+        self._linears: dict[str, tuple[Scheme, tuple[int, int]]] = {}
+        if self.format is not None:
+            self._linears = self.format.schemes(self._stored_config, checkpoint.specs, self._read_stored)
+        elif quantization:
+            raise CheckpointError(
+                f"{checkpoint.origin}: config.json says it is quantized with {quantization.get('quant_method')!r}, "
+                "which is not read (read: compressed-tensors, gptq); start from the unquantized model")
+        self.schemes = {name: scheme for name, (scheme, _) in self._linears.items()}
+        self.dtype = model_dtype(checkpoint.config, checkpoint.specs)
+        self.specs = self._dense_specs()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` of specs, contiguous on the CPU; a quantized weight is decoded to the model's dtype."""
+        linear = self._linear_of(name)
+        if linear is None:
+            return self.checkpoint.read(name)
+        assert self.format is not None
+        scheme, shape = self._linears[linear]
+        dense = self.format.dequantize(linear, self._read_stored, scheme, shape, self._stored_config)
+        return dense.to(self.dtype)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop of a 2-D tensor; of a quantized one the whole is decoded first."""
+        if self._linear_of(name) is None:
+            return self.checkpoint.read_rows(name, start, stop)
+        return self.read(name)[start:stop].clone()
+
+    def read_quantized(self, linear_name: str) -> QuantizedTensor:
+        """Codes and scales of one quantized linear. InputError when it is not quantized, or when its columns are in an
+        order that a QuantizedTensor does not express (read() decodes those too)."""
+        if linear_name not in self._linears:
+            raise InputError(f"{linear_name} is not quantized in {self.origin}; read {linear_name}.weight instead")
+        assert self.format is not None
+        scheme, shape = self._linears[linear_name]
+        return self.format.unpack(linear_name, self._read_stored, scheme, shape, self._stored_config)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(spec.nbytes for spec in self.checkpoint.specs.values())
+
+    def companions(self) -> list[Path]:
+        return self.checkpoint.companions()
+
+    def hashes(self) -> dict[str, str]:
+        return self.checkpoint.hashes()
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+    def _linear_of(self, name: str) -> str | None:
+        linear = name.removesuffix(".weight")
+        return linear if linear != name and linear in self._linears else None
+
+    def _read_stored(self, name: str) -> torch.Tensor:
+        if name not in self.checkpoint.specs:
+            raise KeyError(name)
+        return self.checkpoint.read(name)
+
+    def _dense_specs(self) -> dict[str, TensorSpec]:
+        suffixes = self.format.SUFFIXES if self.format is not None else ()
+        packed = {f"{linear}.{suffix}" for linear in self._linears for suffix in suffixes}
+        specs = {name: spec for name, spec in self.checkpoint.specs.items() if name not in packed}
+        for linear, (_, shape) in self._linears.items():
+            specs[f"{linear}.weight"] = TensorSpec(f"{linear}.weight", self.dtype, shape)
+        return dict(sorted(specs.items()))
+
+
+def open_model(path: str, revision: str | None = None, work_dir: Path | None = None) -> Source:
+    """Open a directory, a .gguf file or a Hub id, quantized or not. Raises CheckpointError."""
+    return Source(open_checkpoint(path, revision, work_dir))
+
+
+def model_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> torch.dtype:
+    """The dtype in which the model computes: config.json's, else that of its first two-dimensional float tensor."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, Mapping) else {}):
+        name = str(holder.get("dtype") or holder.get("torch_dtype") or "").removeprefix("torch.")
+        found = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES.values()}.get(name)
+        if found in FLOATING:
+            return found
+    dense = [spec.dtype for spec in specs.values() if spec.dtype in FLOATING and len(spec.shape) == 2]
+    return dense[0] if dense else torch.float32
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("quantization_config", "compression_config")
+    plain = {key: value for key, value in config.items() if key not in keys}
+    if isinstance(plain.get("text_config"), Mapping):
+        plain["text_config"] = {key: value for key, value in plain["text_config"].items() if key not in keys}
+    return plain
+
+
+def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json; old GPTQ checkpoints keep their quantization_config in a quantize_config.json beside it."""
+    beside = checkpoint.directory / "quantize_config.json"
+    if _without_quantization(checkpoint.config) != checkpoint.config or not beside.is_file():
+        return checkpoint.config
+    try:
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{beside} cannot be read as JSON ({error}); fetch the file again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{beside} holds no JSON object; fetch the file again")
+    return {"quant_method": "gptq", **found}

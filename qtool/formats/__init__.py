@@ -1,0 +1,40 @@
+"""How codes and scales become bytes, and who loads them. One file is one format; its name is the format's name.
+
+A format is a module with
+    NAME, LOADERS                             its name; (program, three lines that load a directory) for the model card
+    check(scheme, linear_name, shape)         why it cannot hold a linear, with the nearest scheme that works; else None
+    scale_dtype(model_dtype)                  the dtype in which it keeps scales
+    layout(linear_name, shape, scheme, dtype) names, dtypes and shapes of what pack will return, before any data
+    pack(linear_name, tensor)                 QuantizedTensor -> those tensors
+    unpack(linear_name, read, scheme, shape)  the inverse; dequantize(...) also takes column orders that unpack refuses
+    config(schemes, skipped, steps)           the quantization_config of config.json; extra_files(it) -> more JSON files
+    check_together(schemes)                   why these linears cannot share one checkpoint, or None
+    notes(schemes), fused_conflicts(schemes)  what a user should know about who can load the result
+    SUFFIXES, recognises(config), schemes(config, specs, read)   for reading checkpoints, also those of other programs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from qtool import found
+from qtool.formats._stored import quantization_config
+
+__all__ = ["load", "names", "quantization_config", "recognise"]
+
+
+def names() -> list[str]:
+    """The formats there are, as a user types them, e.g. 'compressed-tensors'."""
+    return found.names("formats")
+
+
+def load(name: str) -> ModuleType:
+    """The module of the format called `name`. Raises RecipeError, with the nearest name, when there is none."""
+    return found.load("formats", name)
+
+
+def recognise(config: Mapping[str, Any]) -> ModuleType | None:
+    """The format in which a checkpoint with this config.json is stored; None when it is none of ours."""
+    return next((module for module in map(load, names()) if module.recognises(config)), None)

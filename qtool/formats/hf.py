@@ -1,0 +1,86 @@
+"""Plain dense weights under their own names: what `qtool export --to hf` writes, and every program reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qtool.errors import CheckpointError
+from qtool.formats._stored import Read, Stored, packable
+from qtool.recipe import Scheme
+from qtool.tensors import QuantizedTensor, TensorSpec
+
+NAME = "hf"
+SUFFIXES = ("weight",)
+LOADERS = (
+    ("transformers", "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+                     "model = AutoModelForCausalLM.from_pretrained(\"DIR\", dtype=\"auto\")\n"
+                     "tokenizer = AutoTokenizer.from_pretrained(\"DIR\")"),
+    ("vLLM", "from vllm import LLM\nllm = LLM(\"DIR\")\nprint(llm.generate(\"Hello\")[0].outputs[0].text)"),
+)
+
+
+def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:
+    """Always a reason: dense weights keep no codes."""
+    return (f"hf keeps dense weights, not the {scheme.label} codes of {linear_name}; nearest: --format "
+            "compressed-tensors, and qtool export --to hf afterwards for the dense copy")
+
+
+def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+    return None
+
+
+def notes(schemes: Mapping[str, Scheme]) -> list[str]:
+    return []
+
+
+def fused_conflicts(schemes: Mapping[str, Scheme]) -> list[str]:
+    return []
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    return model_dtype
+
+
+def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype: torch.dtype) -> list[TensorSpec]:
+    """One tensor, [N, K] in the dtype of the model."""
+    return [TensorSpec(f"{linear_name}.weight", model_dtype, tuple(shape))]
+
+
+def pack(linear_name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The weight that the codes stand for, in the dtype of the scales (scale_dtype says that of the model)."""
+    scale = packable(linear_name, tensor, tensor.scale.dtype)
+    dense = Stored(tensor.codes.contiguous(), scale, tensor.zero_point).dequantize()
+    return {f"{linear_name}.weight": dense.to(scale.dtype)}
+
+
+def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+           config: Mapping[str, Any] | None = None) -> QuantizedTensor:
+    raise CheckpointError(f"{linear_name} is stored as dense weights; there are no codes to read")
+
+
+def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+               config: Mapping[str, Any] | None = None) -> torch.Tensor:
+    """float32 [N, K]."""
+    return read(f"{linear_name}.weight").float()
+
+
+def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Nothing: a config.json of dense weights has no quantization_config (leave the key out)."""
+    return {}
+
+
+def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """Never: a checkpoint without quantization_config needs no format."""
+    return False
+
+
+def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
+            read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
+    return {}
