@@ -142,7 +142,7 @@ def shard_names(present: list[str], index: dict[str, Any] | None, where: str) ->
         listed = sorted(set(weight_map(index, where).values()))
         missing = [name for name in listed if name not in present]
         if missing:
-            raise CheckpointError(f"{where}: {len(missing)} of {len(listed)} weight files that {INDEX} lists are missing: "
+            raise CheckpointError(f"{where}: {len(missing)} of {len(listed)} weight files in {INDEX} are missing: "
                                   f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; download them")
         return listed
     tensors = [name for name in present if name.endswith(".safetensors")]
@@ -163,8 +163,8 @@ def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
     for tensor, name in mapping.items():
         if (not isinstance(name, str) or not name.endswith(".safetensors") or name.startswith(".")
                 or re.search(r"[/\\:\x00]", name)):
-            raise CheckpointError(f"{where}/{INDEX}: tensor '{printable(tensor)}' lies in '{printable(str(name))}', which "
-                                  "is not the name of a .safetensors file in this directory")
+            raise CheckpointError(f"{where}/{INDEX}: tensor '{printable(tensor)}' lies in '{printable(str(name))}', "
+                                  "which is not the name of a .safetensors file in this directory")
     return mapping
 
 
@@ -174,8 +174,8 @@ def place(headers: Mapping[str, Placed], index: dict[str, Any] | None, where: st
     for file in sorted(headers):
         for name, (spec, offset) in headers[file].items():
             if name in stored:
-                raise CheckpointError(f"{where}: tensor '{name}' is in two files, {stored[name].file} and {file}; remove "
-                                      "the file that does not belong to this model")
+                raise CheckpointError(f"{where}: tensor '{name}' is in two files, {stored[name].file} and {file}; "
+                                      "remove the file that does not belong to this model")
             stored[name] = Stored(spec, file, offset)
     for name, file in (weight_map(index, where) if index is not None else {}).items():
         if name not in stored:

@@ -80,7 +80,7 @@ def header_bytes(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
 
 
 class ShardWriter:
-    """Opens or continues the files of `shards` in `folder`. Raises StorageError; OutputError for another run's files."""
+    """Opens or continues the files of `shards` in `folder`. Raises StorageError, and OutputError for foreign files."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard], metadata: Mapping[str, str] | None = None) -> None:
         self.folder = folder
@@ -102,9 +102,9 @@ class ShardWriter:
         """Write one tensor (any device, any strides) at its place; shape and dtype must be as planned."""
         spec, shard, offset = self._places[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            raise ValueError(f"{name}: planned {spec.dtype} {list(spec.shape)}, given {tensor.dtype} {list(tensor.shape)}")
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, planned {spec.dtype} {list(spec.shape)}")
         if shard.file_name in self._finished:
-            raise OutputError(f"{self.folder / shard.file_name}: is finished; tensor '{name}' cannot be written again")
+            raise OutputError(f"{self.folder / shard.file_name}: is finished; '{name}' cannot be written again")
         try:
             write_all(self._descriptors[shard.file_name], as_bytes(tensor.detach().cpu().contiguous()), offset)
         except OSError as error:
