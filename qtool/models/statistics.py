@@ -1,0 +1,313 @@
+"""Running a block on the stream: what its linears receive, and what comes out.
+
+The Hessian of a linear with inputs x [T, K] is the mean of x xᵀ. Linears that receive the same tensor (q/k/v, gate/up)
+share one; which do is found while running, not looked up. Products are taken in the compute type and accumulated in
+float32, lower triangle only, mirrored once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool.errors import CalibrationError, NumericalError
+from qtool.models.blocks import BlockArguments
+from qtool.models.experts import SplitExperts
+from qtool.models.streams import StreamStore
+from qtool.tensors import CalibrationStats
+
+MIN_EXPERT_TOKENS = 32
+EXPERT_COLUMNS_PER_TOKEN = 16  # an expert with fewer than K / 16 tokens has a Hessian of too low rank to be trusted
+
+
+class _Seen(Exception):  # noqa: N818 - no error: every linear has received its input, the rest of the pass is not needed
+    pass
+
+
+@dataclass
+class _Group:
+    """Sums over the inputs of one set of linears; `names[0]` is the one that is measured."""
+
+    names: list[str]
+    fit: torch.Tensor
+    held: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    held_cross: torch.Tensor | None = None
+    tokens: int = 0
+    held_tokens: int = 0
+
+
+class _Watch:
+    """Pre-hooks on the linears of a block that hand each new input to `measure`, once per shared input."""
+
+    def __init__(self, block: nn.Module, prefix: str, wanted: Sequence[str],
+                 measure: Callable[[str, torch.Tensor], None]) -> None:
+        self.leaders: dict[str, str] = {}  # linear -> the first linear that received the same tensor
+        self.measure = measure
+        self.stop = False
+        self._wanted = set(wanted)
+        self._seen: set[str] = set()
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._handles = [module.register_forward_pre_hook(self._hook(f"{prefix}.{path}"))
+                         for path, module in block.named_modules() if f"{prefix}.{path}" in self._wanted]
+
+    def start(self, stop: bool) -> None:
+        """Begin a forward pass; with `stop` it ends (_Seen) as soon as every linear has its input."""
+        self.stop = stop
+        self._seen.clear()
+        self._inputs.clear()
+
+    def remove(self) -> None:
+        self._inputs.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0]
+            if name not in self.leaders:
+                self.leaders[name] = next((other for other, known in self._inputs.items() if _same_input(x, known)), name)
+            if self.leaders[name] == name:
+                if len(self.leaders) < len(self._wanted):  # kept alive, so that no other tensor gets its address
+                    self._inputs[name] = x
+                if x.numel():
+                    self.measure(name, x.reshape(-1, x.shape[-1]))
+            self._seen.add(name)
+            if self.stop and len(self._seen) == len(self._wanted):
+                raise _Seen
+
+        return hook
+
+
+def _same_input(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left is right or (left.data_ptr() == right.data_ptr() and left.shape == right.shape
+                             and left.stride() == right.stride() and left.numel() > 0)
+
+
+def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
+            store: StreamStore, batches: Sequence[slice], held_out: Iterable[int], device: torch.device,
+            dtype: torch.dtype, float_store: StreamStore | None = None) -> dict[tuple[str, ...], CalibrationStats]:
+    """Statistics of the inputs of `linears` (full names) of the block at path `prefix`, one per shared input.
+
+    block: real weights, unquantized, in `dtype` on `device`.  held_out: samples that are only measured, each batch
+    is wholly of one kind.  float_store: the stream of the unquantized model; with it `cross` is measured too, and it
+    is advanced by this block. Statistics are on `device`. Raises CalibrationError, NumericalError.
+    """
+    held_out = frozenset(held_out)
+    experts = tuple(f"{prefix}.{path}." for path, module in block.named_modules() if isinstance(module, SplitExperts))
+    groups: dict[str, _Group] = {}
+    floats: dict[str, torch.Tensor] = {}
+    held = False
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        if not name.startswith(experts or (" ",)):
+            floats[name] = x
+
+    def measure(name: str, x: torch.Tensor) -> None:
+        _add(groups, name, x, floats.pop(name, None), held)
+
+    watch = _Watch(block, prefix, linears, measure)
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                held = _is_held(batch, held_out)
+                args, kwargs = arguments.for_block(index, batch.stop - batch.start)
+                if float_store is not None:
+                    watch.measure = keep
+                    watch.start(stop=False)
+                    float_store.write(batch, _run(block, float_store.read(batch), args, kwargs, device, dtype))
+                    watch.measure = measure
+                watch.start(stop=True)
+                try:
+                    _run(block, store.read(batch), args, kwargs, device, dtype)
+                except _Seen:
+                    pass
+                floats.clear()
+    finally:
+        watch.remove()
+    return _finish(groups, watch.leaders, linears, experts)
+
+
+def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int, store: StreamStore,
+              batches: Sequence[slice], device: torch.device, dtype: torch.dtype) -> None:
+    """Run the block on the stream and put its output in the stream's place. Raises NumericalError naming the block."""
+    with torch.inference_mode():
+        for batch in batches:
+            args, kwargs = arguments.for_block(index, batch.stop - batch.start)
+            output = _run(block, store.read(batch), args, kwargs, device, dtype)
+            if not torch.isfinite(output.sum(dtype=torch.float32)):
+                raise NumericalError(f"{name}: the output of the block is not finite on calibration samples "
+                                     f"{batch.start}..{batch.stop - 1}; check the source weights, or use --set dtype=float32")
+            store.write(batch, output)
+
+
+def _run(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device,
+         dtype: torch.dtype) -> torch.Tensor:
+    # a copy, because what the block receives must not change when the stream is written
+    output = block(hidden.to(device=device, dtype=dtype, copy=True), *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _is_held(batch: slice, held_out: frozenset[int]) -> bool:
+    count = sum(sample in held_out for sample in range(batch.start, batch.stop))
+    if count not in (0, batch.stop - batch.start):
+        raise ValueError(f"batch {batch.start}..{batch.stop - 1} mixes held-out and fitting samples")
+    return count > 0
+
+
+def _add(groups: dict[str, _Group], name: str, x: torch.Tensor, x_float: torch.Tensor | None, held: bool) -> None:
+    columns = x.shape[1]
+
+    def zeros() -> torch.Tensor:
+        with torch.inference_mode(False):  # the sums outlive the pass: methods may change them in place
+            return torch.zeros(columns, columns, device=x.device)
+
+    group = groups.get(name)
+    if group is None:
+        group = groups[name] = _Group([name], zeros())
+    if held:
+        group.held = zeros() if group.held is None else group.held
+        group.held_tokens += len(x)
+    else:
+        group.tokens += len(x)
+    add_gram(group.held if held and group.held is not None else group.fit, x)
+    if x_float is None:
+        return
+    if held:
+        group.held_cross = zeros() if group.held_cross is None else group.held_cross
+        add_product(group.held_cross, x_float - x, x)
+    else:
+        group.cross = zeros() if group.cross is None else group.cross
+        add_product(group.cross, x_float - x, x)
+
+
+def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
+    """total [K, K] += xᵀ x of x [T, K], on and below the diagonal; above it only inside the tiles on the diagonal."""
+    columns = x.shape[1]
+    tile = tile_width(columns)
+    for start in range(0, columns, tile):
+        add_product(total[start:, start:start + tile], x[:, start:], x[:, start:start + tile])
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total [M, N] float32 += leftᵀ right of left [T, M] and right [T, N], accumulated in float32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)  # the CPU has no such product
+    else:
+        total.addmm_(left.T.float(), right.float())
+
+
+def tile_width(columns: int) -> int:
+    """Columns per product: narrow tiles save more of the upper triangle, wide ones keep the matrix units busy."""
+    return max(128, min(512, columns // 4))
+
+
+def _finish(groups: dict[str, _Group], leaders: dict[str, str], linears: Sequence[str],
+            experts: tuple[str, ...]) -> dict[tuple[str, ...], CalibrationStats]:
+    """Means from sums; experts that saw too little get the statistics of all experts of their layer together."""
+    routed = {name for name in linears if experts and name.startswith(experts)}
+    missing = [name for name in linears if name not in leaders and name not in routed]
+    if missing:
+        raise CalibrationError(f"{missing[0]}: no calibration token reached this linear; leave it out with a rule "
+                               f"(match: '{missing[0]}', skip: true)")
+    for group in groups.values():
+        _check_finite(group)
+        group.names.clear()
+    sharing = {_kind(name): _kind(leader) for name, leader in leaders.items() if name in routed}
+    for name in linears:
+        leader = leaders.get(name, name)
+        if leader not in groups:  # an expert without tokens shares as the others of its layer do
+            leader = name.removesuffix(_kind(name)) + sharing.get(_kind(name), _kind(name))
+            groups.setdefault(leader, _Group([], torch.empty(0)))
+        groups[leader].names.append(name)
+    pools = {layer_kind: _pool(members) for layer_kind, members in _by_layer_and_kind(groups, routed).items()}
+    return {tuple(group.names): _statistics(group, pools.get(_layer_kind(leader)) if leader in routed else None)
+            for leader, group in groups.items()}
+
+
+def _kind(name: str) -> str:
+    """'...experts.3.up_proj' -> 'up_proj'."""
+    return name.rpartition(".")[2]
+
+
+def _layer_kind(name: str) -> tuple[str, str]:
+    """'...experts.3.up_proj' -> ('...experts', 'up_proj'): the linears that may share pooled statistics."""
+    expert, _, kind = name.rpartition(".")
+    return expert.rpartition(".")[0], kind
+
+
+def _by_layer_and_kind(groups: dict[str, _Group], routed: set[str]) -> dict[tuple[str, str], list[_Group]]:
+    """The groups of experts to be pooled, for those layers and projections where one of them needs it."""
+    members: dict[tuple[str, str], list[_Group]] = {}
+    for leader, group in groups.items():
+        if leader in routed:
+            members.setdefault(_layer_kind(leader), []).append(group)
+    any_held = any(group.held_tokens for group in groups.values())
+    return {key: found for key, found in members.items()
+            if any(_too_few(group) or (any_held and not group.held_tokens) for group in found)}
+
+
+def _too_few(group: _Group) -> bool:
+    return group.tokens < max(MIN_EXPERT_TOKENS, len(group.fit) // EXPERT_COLUMNS_PER_TOKEN)
+
+
+def _check_finite(group: _Group) -> None:
+    for total in (group.fit, group.held, group.cross, group.held_cross):
+        if total is not None and not torch.isfinite(total.diagonal()).all():
+            raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, or "
+                                 "use --set dtype=float32 when they are float16")
+
+
+def _pool(groups: list[_Group]) -> _Group:
+    """The sums of several groups together. Raises CalibrationError when there is nothing to sum."""
+    reached = [group for group in groups if group.tokens]
+    if not reached:
+        raise CalibrationError(f"{groups[0].names[0]}: no calibration token reached any expert of this layer; use more "
+                               "calibration text")
+    columns = len(reached[0].fit)
+    pool = _Group(["pool"], torch.zeros_like(reached[0].fit))
+    for group in reached:
+        pool.fit += group.fit
+        pool.tokens += group.tokens
+    for group in groups:
+        if group.held is not None:
+            pool.held = pool.fit.new_zeros(columns, columns) if pool.held is None else pool.held
+            pool.held += group.held
+            pool.held_tokens += group.held_tokens
+    pool.fit = _mean(pool.fit, pool.tokens)
+    pool.held = None if pool.held is None else _mean(pool.held, pool.held_tokens)
+    return pool
+
+
+def _statistics(group: _Group, pool: _Group | None) -> CalibrationStats:
+    """Turns the sums of a group into means, in place; pooled matrices are shared between experts, never copied."""
+    pooled = pool is not None and _too_few(group)
+    hessian = pool.fit if pooled and pool is not None else _mean(group.fit, group.tokens)
+    held_out = None if pooled or group.held is None else _mean(group.held, group.held_tokens)
+    if held_out is None and pool is not None:
+        held_out = pool.held
+    if held_out is None:  # nothing was held out: zeros that take no memory
+        held_out = hessian.new_zeros(1, 1).expand_as(hessian)
+    return CalibrationStats(
+        hessian=hessian, held_out=held_out, tokens=group.tokens, held_out_tokens=group.held_tokens,
+        cross=None if group.cross is None else group.cross.div_(group.tokens),
+        held_out_cross=None if group.held_cross is None else group.held_cross.div_(group.held_tokens), pooled=pooled)
+
+
+def _mean(total: torch.Tensor, tokens: int) -> torch.Tensor:
+    return mirror(total).div_(tokens)
+
+
+def mirror(total: torch.Tensor) -> torch.Tensor:
+    """Copy the lower triangle of total [K, K] to the upper one, in place and tile by tile."""
+    columns = total.shape[0]
+    for start in range(0, columns, 512):
+        stop = min(start + 512, columns)
+        total[start:stop, stop:] = total[stop:, start:stop].T
+        corner = total[start:stop, start:stop].tril()
+        total[start:stop, start:stop] = corner + corner.tril(-1).T
+    return total

@@ -1,0 +1,136 @@
+"""The activation stream: the hidden states of all calibration sequences between two blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool.errors import OutputError, StorageError
+from qtool.tensors import NAMES_OF_DTYPES
+
+CHUNK = 64 << 20  # bytes copied at a time when saving
+
+
+def batches_for(samples: int, length: int, batch_tokens: int, held_out: float) -> tuple[list[slice], frozenset[int]]:
+    """Cut `samples` sequences of `length` tokens into batches of about `batch_tokens`, none of them of both kinds.
+
+    Returns the batches and the held-out samples: the last ones, their share rounded up, never all.
+    """
+    size = max(1, batch_tokens // length)
+    last = min(samples - 1, -(-round(samples * held_out * 1e6) // 1_000_000))  # 1e6: no ceil of 8.000000001
+    cuts = [*range(0, samples - last, size), *range(samples - last, samples, size), samples]
+    return [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)], \
+        frozenset(range(samples - last, samples))
+
+
+class StreamStore:
+    """Hidden states [samples, length, hidden] in `dtype`, in memory, or past `budget_bytes` in an unnamed file.
+
+    The file is read and written a batch at a time, not mapped: mapped pages would count as the process's memory.
+    """
+
+    def __init__(self, samples: int, length: int, hidden: int, dtype: torch.dtype, budget_bytes: int,
+                 folder: Path | None = None) -> None:
+        self.shape = (samples, length, hidden)
+        self.dtype = dtype
+        self._row = length * hidden * dtype.itemsize
+        self.spilled = samples * self._row > budget_bytes
+        if self.spilled:
+            try:
+                self._file = tempfile.TemporaryFile(dir=folder, prefix="stream-")  # noqa: SIM115 - lives with the store
+                os.posix_fallocate(self._file.fileno(), 0, samples * self._row)
+            except OSError as error:
+                raise StorageError(f"{folder}: no room for {samples * self._row / 1e9:.1f} GB of activations ({error}); "
+                                   "raise memory_budget_gb, lower calibration.samples or free disk space") from None
+        else:
+            self._memory = torch.zeros(self.shape, dtype=dtype)
+
+    def read(self, batch: slice) -> torch.Tensor:
+        """Hidden states [B, T, hidden] of the samples in `batch`; a copy when they lie in a file."""
+        if not self.spilled:
+            return self._memory[batch]
+        tensor = torch.empty((batch.stop - batch.start, *self.shape[1:]), dtype=self.dtype)
+        self._transfer(os.preadv, tensor, batch.start)
+        return tensor
+
+    def write(self, batch: slice, hidden: torch.Tensor) -> None:
+        """Replace the hidden states of the samples in `batch`, converted to the stored type."""
+        hidden = hidden.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        if not self.spilled:
+            self._memory[batch] = hidden
+            return
+        self._transfer(os.pwritev, hidden, batch.start)
+
+    def _transfer(self, call: Any, tensor: torch.Tensor, first: int) -> None:
+        data = _bytes(tensor)
+        done = 0
+        while done < len(data):
+            try:
+                count = call(self._file.fileno(), [data[done:done + CHUNK]], first * self._row + done)
+            except OSError as error:
+                raise StorageError(f"activations on disk: {error}; free disk space or raise memory_budget_gb") from None
+            if count == 0:
+                raise StorageError("activations on disk: the file ends early; it was changed by another program")
+            done += count
+
+    def copy_from(self, other: StreamStore) -> None:
+        """Take over the contents of another store of the same shape and type."""
+        for sample in range(self.shape[0]):
+            self.write(slice(sample, sample + 1), other.read(slice(sample, sample + 1)))
+
+    def close(self) -> None:
+        """Free the memory or the file."""
+        if self.spilled:
+            self._file.close()
+        else:
+            del self._memory
+
+    def save(self, path: Path) -> None:
+        """Write the stream durably as a safetensors file with one tensor `stream`; `path` appears only when complete."""
+        header = self._header()
+        part = path.with_name(path.name + ".part")
+        try:
+            with part.open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                for sample in range(self.shape[0]):
+                    file.write(_bytes(self.read(slice(sample, sample + 1)).contiguous()))
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        except OSError as error:
+            raise StorageError(f"{path}: saving the activations failed: {error}") from None
+
+    def load(self, path: Path) -> None:
+        """Fill the store from a file that `save` wrote. Raises OutputError when it is of another run or damaged."""
+        header = self._header()
+        prefix = len(header).to_bytes(8, "little") + header
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != len(prefix) + self.shape[0] * self._row \
+                        or file.read(len(prefix)) != prefix:
+                    raise OutputError(f"{path}: these saved activations are damaged or belong to another run; "
+                                      "start over with --restart")
+                for sample in range(self.shape[0]):
+                    tensor = torch.empty((1, *self.shape[1:]), dtype=self.dtype)
+                    file.readinto(_bytes(tensor))
+                    self.write(slice(sample, sample + 1), tensor)
+        except OSError as error:
+            raise OutputError(f"{path}: the saved activations cannot be read: {error}; start over with --restart") from None
+
+    def _header(self) -> bytes:
+        entry = {"dtype": NAMES_OF_DTYPES[self.dtype], "shape": list(self.shape),
+                 "data_offsets": [0, self.shape[0] * self._row]}
+        return json.dumps({"stream": entry}, separators=(",", ":")).encode()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
