@@ -62,7 +62,8 @@ def factor(name: str, hessian: torch.Tensor, damping: float, mode: str) -> tuple
             if not int(failed):
                 notes: dict[str, Any] = {"damping": strength}
                 if dtype is torch.float64 or strength != damping:
-                    notes["repaired"] = f"Hessian factored in {str(dtype).removeprefix('torch.')} at damping {strength:g}"
+                    precision = str(dtype).removeprefix("torch.")
+                    notes["repaired"] = f"Hessian factored in {precision} at damping {strength:g}"
                 return lower.flip(0, 1).float(), notes
         strength = max(strength * 10, 1e-6)
     raise NumericalError(f"{name}: the Hessian is not positive definite even at damping 1; use more calibration tokens")

@@ -46,7 +46,8 @@ def run(layer: Layer, options: Options) -> Layer:
     grid = found.load("grids", layer.scheme.grid)
     importance = layer.stats.hessian.diagonal()
     steps, rounds = (options.shrink_steps, options.rounds) if options.search else (1, 0)
-    scale, zero_point = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed, rounds)
+    scale, zero_point = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed,
+                                 rounds)
     group = grid.width(layer.scheme, layer.weight.shape[1])
 
     order = column_order(layer.stats.hessian, options.order)

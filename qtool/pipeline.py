@@ -1,0 +1,383 @@
+"""Runs a Plan. This file is the story of a tensor, from disk to disk.
+
+    before the blocks   the tensors are copied; the calibration tokens become the activation stream
+    for each block      read its weights            (the next block is read meanwhile)
+                        collect statistics          one per shared input, while the stream runs through it
+                        solve its linears           the recipe's steps, q/k/v and gate/up as one problem
+                        write and read back         pack, write, unpack from the file, compare
+                        propagate                   the stream runs through the quantized block
+                        record                      fsync, journal: never done again
+    after the blocks    the rest is copied; the files get their names, their hashes and the manifest
+
+A data-free recipe takes the same road without the stream, one tensor at a time. Work happens in OUT.partial/, which
+a rerun of the same command continues and which gets its final name only when everything is there and verified.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+import qtool
+from qtool import card, estimate, found, manifest, ops, quality
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import ShardWriter, plan_shards
+from qtool.errors import NumericalError, PlanError, VerificationError
+from qtool.layer import Layer
+from qtool.models import blocks, calibration, statistics
+from qtool.models.streams import StreamStore, batches_for
+from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
+from qtool.tensors import FLOATING, CalibrationStats, QuantizedTensor
+from qtool.workspace import Workspace, refuse_existing
+
+
+class Progress(Protocol):
+    """What console.py shows of a run."""
+
+    def start(self, blocks: int, done: int) -> None: ...
+    def message(self, text: str) -> None: ...
+    def linear(self, name: str, error: float | None) -> None: ...
+    def block(self, index: int, name: str, seconds: float, worst: tuple[str, float] | None,
+              memory_bytes: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = False) -> dict[str, Any]:
+    """Quantize; returns the manifest. Raises what the plan could not foresee; then OUT.partial/ can be continued."""
+    refuse_existing(plan.out)
+    _refuse_full_disk(plan)
+    torch.manual_seed(plan.recipe.seed)
+    tokens = _tokens(checkpoint, plan)
+    identity = _identity(checkpoint, plan, tokens)
+    with Workspace(plan.out, identity, restart) as work, torch.inference_mode():
+        writer = ShardWriter(work.folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
+        done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
+        progress.start(plan.blocks, done)
+        job = Job(checkpoint, plan, writer, progress)
+        stream = Stream.open(job, tokens, work) if tokens is not None else None
+        for stage, weights in _read_ahead(job, work.finished):
+            began = time.monotonic()
+            layers = _do_stage(job, stage, weights, stream)
+            writer.sync()
+            if stream is not None and stage.block is not None:
+                stream.save(work.folder, stage.block + 1)
+            work.record(stage.name, {"layers": layers})
+            if stream is not None and stage.block is not None:
+                stream.forget(work.folder, stage.block)
+            if stage.block is not None:
+                progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
+        progress.message("naming and hashing the files")
+        result = _finish(job, work, identity)
+    progress.finish()
+    return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step of one run needs."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    writer: ShardWriter
+    progress: Progress
+
+
+def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream | None) -> list[dict[str, Any]]:
+    for name in stage.copied:
+        _copy(job, name, weights)
+    if stage.block is None:
+        return []
+    if stream is None:
+        return [record for linear in stage.linears
+                for record in _solve(job, [linear], [_weight(job, linear, weights)], None)]
+    return _do_block(job, stage, weights, stream)
+
+
+def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream) -> list[dict[str, Any]]:
+    """Collect, solve every group of linears that share an input, propagate."""
+    plan = job.plan
+    index = stage.block or 0
+    for name, weight in weights.items():
+        _refuse_non_finite(name, weight)
+    block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
+    collected = stream.collect(block, stage)
+    linears = {linear.name: linear for linear in stage.linears}
+    last = index + 1 == plan.blocks
+    records: list[dict[str, Any]] = []
+    while collected:
+        names, stats = collected.popitem()
+        for group in _same_scheme([linears[name] for name in names if name in linears]):
+            originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
+            records += _solve(job, group, originals, stats, None if last else block)
+        del stats
+    weights.clear()
+    if not last:
+        stream.propagate(block, index)
+    order = {linear.name: place for place, linear in enumerate(stage.linears)}
+    return sorted(records, key=lambda record: order[record["name"]])
+
+
+def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats: CalibrationStats | None,
+           block: torch.nn.Module | None = None) -> list[dict[str, Any]]:
+    """Run the recipe's steps on linears that share an input; write each; put the result into the block."""
+    plan = job.plan
+    stacked = weights[0].float() if len(weights) == 1 else torch.cat([weight.float() for weight in weights])
+    layer = Layer(group[0].name, stacked, stacked, group[0].scheme, plan.format.scale_dtype(plan.model_dtype), stats)
+    for step, options in plan.steps:
+        layer = step.run(layer, options)
+    if layer.quantized is None:
+        raise PlanError(f"no step of {plan.recipe.method} chooses codes; end the recipe's steps with rtn or gptq")
+    records, start = [], 0
+    for linear in group:
+        stop = start + linear.shape[0]
+        quantized = layer.quantized.rows(start, stop)
+        dense = found.load("grids", linear.scheme.grid).decode(quantized)
+        record = _measure(plan, linear, layer, stacked[start:stop], dense, len(group))
+        _write_linear(job, linear, quantized, dense)
+        if block is not None:
+            _linear_of(block, plan, linear).weight.copy_(dense.to(plan.model_dtype))
+        job.progress.linear(linear.name, record["relative_error"])
+        records.append(record)
+        start = stop
+    return records
+
+
+def _measure(plan: Plan, linear: LinearPlan, layer: Layer, weight: torch.Tensor, dense: torch.Tensor,
+             solved_together: int) -> dict[str, Any]:
+    """The manifest's line on one linear; output error on held-out tokens where there are any."""
+    difference = weight - dense
+    stats = layer.stats
+    in_weights = quality.weight_error(weight, difference)
+    in_outputs = None
+    if stats is not None:
+        hessian = stats.held_out if stats.held_out_tokens else stats.hessian
+        in_outputs = quality.output_error(weight, difference, hessian)
+    if not (in_weights >= 0 and (in_outputs is None or in_outputs >= 0)):
+        raise NumericalError(f"{linear.name}: the quantized weight is not finite; use more damping or more "
+                             "calibration tokens")
+    error = in_weights if in_outputs is None else in_outputs
+    ratio = quality.sqnr_db(error)
+    return {
+        "name": linear.name, "stored": linear.stored, "block": linear.block, "shape": list(linear.shape),
+        "scheme": linear.scheme.model_dump(),
+        "bytes": linear_bytes(plan.format, linear, plan.model_dtype),
+        "relative_error": _rounded(in_outputs), "weight_error": _rounded(in_weights), "sqnr_db": _rounded(ratio),
+        "tokens": stats.tokens if stats else 0, "held_out_tokens": stats.held_out_tokens if stats else 0,
+        "pooled": bool(stats and stats.pooled), "solved_together": solved_together, **layer.notes,
+    }
+
+
+def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dense: torch.Tensor) -> None:
+    """Pack and write one linear, then decode what the file really has and hold it against what was meant."""
+    here = torch.device("cpu")
+    quantized = replace(quantized, codes=quantized.codes.to(here), scale=quantized.scale.to(here),
+                        zero_point=quantized.zero_point.to(here))
+    for name, tensor in job.plan.format.pack(linear.stored, quantized).items():
+        job.writer.write(name, tensor)
+    again = job.plan.format.unpack(linear.stored, job.writer.read_back, linear.scheme, linear.shape)
+    if not torch.equal(found.load("grids", linear.scheme.grid).decode(again), dense.to(here)):
+        raise VerificationError(f"{linear.stored}: what was read back from {job.writer.folder} differs from what was "
+                                "written; the disk or the memory of this machine may be faulty")
+
+
+def _copy(job: Job, name: str, weights: dict[str, torch.Tensor]) -> None:
+    """A tensor that is not quantized goes over as it is (or in the recipe's dtype)."""
+    tensor = weights[name] if name in weights else job.checkpoint.read(name)
+    _refuse_non_finite(name, tensor)
+    if job.plan.recipe.dtype != "auto" and tensor.dtype in FLOATING:
+        tensor = tensor.to(job.plan.model_dtype)
+    job.writer.write(name, tensor)
+
+
+def _weight(job: Job, linear: LinearPlan, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    name = linear.stored + ".weight"
+    weight = weights.pop(name) if name in weights else job.checkpoint.read(name)
+    _refuse_non_finite(name, weight)
+    return weight
+
+
+def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    # the sum of absolute values is finite only if every value is; one pass, no mask of the tensor's size
+    if tensor.dtype in FLOATING and not torch.isfinite(tensor.abs().sum(dtype=torch.float64)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NumericalError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged")
+
+
+def _read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dict[str, torch.Tensor]]]:
+    """Every unfinished stage with its weights; when calibrating, block i + 1 is read while block i is solved."""
+    todo = [stage for stage in job.plan.stages if stage.name not in finished]
+    if not job.plan.calibrated:
+        yield from ((stage, {}) for stage in todo)
+        return
+
+    def read(stage: Stage) -> dict[str, torch.Tensor]:
+        if stage.block is None:
+            return {}
+        skeleton = job.plan.skeleton
+        names = {skeleton.source(name) for name in skeleton.block_parameters(stage.block)}
+        return {name: job.checkpoint.read(name) for name in sorted(names)}
+
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        future = pool.submit(read, todo[0]) if todo else None
+        for place, stage in enumerate(todo):
+            weights = future.result() if future else {}
+            future = pool.submit(read, todo[place + 1]) if place + 1 < len(todo) else None
+            yield stage, weights
+
+
+class Stream:
+    """The activations on their way through the blocks, quantized and (for an asymmetric target) unquantized."""
+
+    def __init__(self, job: Job, stores: list[StreamStore], arguments: blocks.BlockArguments, batches: list[slice],
+                 held_out: frozenset[int]) -> None:
+        self.job, self.stores, self.arguments, self.batches, self.held_out = job, stores, arguments, batches, held_out
+
+    @classmethod
+    def open(cls, job: Job, tokens: calibration.CalibrationTokens, work: Workspace) -> Stream:
+        """Run the embeddings and note each block's arguments; then take up the stream where the journal stopped."""
+        plan = job.plan
+        count = 2 if plan.float_stream else 1
+        budget = int(plan.recipe.memory_budget_gb * 1e9) // count
+        stores = [StreamStore(*tokens.ids.shape, plan.skeleton.hidden, plan.model_dtype, budget, work.folder)
+                  for _ in range(count)]
+        settings = plan.recipe.calibration
+        batches, held_out = batches_for(plan.samples, settings.sequence_length, settings.batch_tokens,
+                                        settings.held_out)
+        arguments = blocks.capture(plan.skeleton, job.checkpoint.read, tokens.ids, stores[0], plan.device,
+                                   plan.compute_dtype, batches)
+        done = [stage.block for stage in plan.stages if stage.block is not None and stage.name in work.finished]
+        self = cls(job, stores, arguments, batches, held_out)
+        for store, path in zip(stores, self._paths(work.folder, max(done, default=-1) + 1), strict=True):
+            if done and len(done) < plan.blocks:
+                store.load(path)
+            elif store is not stores[0]:
+                store.copy_from(stores[0])
+        return self
+
+    def collect(self, block: torch.nn.Module, stage: Stage) -> dict[tuple[str, ...], CalibrationStats]:
+        plan, index = self.job.plan, stage.block or 0
+        names = [linear.name for linear in stage.linears]
+        return statistics.collect(block, plan.skeleton.blocks[index], names, self.arguments, index, self.stores[0],
+                                  self.batches, self.held_out, plan.device, plan.compute_dtype,
+                                  self.stores[1] if plan.float_stream else None)
+
+    def propagate(self, block: torch.nn.Module, index: int) -> None:
+        plan = self.job.plan
+        statistics.propagate(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], self.batches,
+                             plan.device, plan.compute_dtype)
+
+    def save(self, folder: Path, index: int) -> None:
+        """Make the stream at the entrance of block `index` durable; the last block needs none."""
+        if index < self.job.plan.blocks:
+            for store, path in zip(self.stores, self._paths(folder, index), strict=True):
+                store.save(path)
+
+    def forget(self, folder: Path, index: int) -> None:
+        for path in self._paths(folder, index):
+            path.unlink(missing_ok=True)
+
+    def _paths(self, folder: Path, index: int) -> list[Path]:
+        return [folder / f"stream-{kind}-{index}.bin" for kind in ("quantized", "float")[:len(self.stores)]]
+
+
+def _tokens(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:
+    if not plan.calibrated:
+        return None
+    return calibration.load_tokens(plan.recipe.calibration, checkpoint.directory, plan.samples,
+                                   plan.skeleton.vocabulary)
+
+
+def _identity(checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationTokens | None) -> dict[str, Any]:
+    source = {"name": checkpoint.name, "origin": checkpoint.origin, "files": checkpoint.hashes()}
+    used = None
+    if tokens is not None:
+        used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.samples,
+                "sequence_length": plan.recipe.calibration.sequence_length}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "device": plan.device.type, "ops": ops.backend()}
+    return manifest.identity(qtool.__version__, source, plan.recipe.model_dump(mode="json"), used, versions)
+
+
+def _finish(job: Job, work: Workspace, identity: dict[str, Any]) -> dict[str, Any]:
+    """Name the shards, add config, tokenizer, manifest and card, check the key set, rename the directory."""
+    plan = job.plan
+    layers = [record for stage in plan.stages for record in work.finished[stage.name]["layers"]]
+    job.writer.finish()
+    for path in job.checkpoint.companions():
+        shutil.copyfile(path, work.folder / path.name)
+    config = _config(job)
+    manifest.write_json(work.folder / "config.json", config)
+    for name, content in plan.format.extra_files(config["quantization_config"]).items():
+        manifest.write_json(work.folder / name, content)
+    found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs})
+    if set(found_schemes) != {linear.stored for linear in plan.linears}:
+        raise VerificationError(f"{work.folder}: a loader would find {len(found_schemes)} quantized linears in the "
+                                f"written keys, not {len(plan.linears)}; this is a bug in format {plan.format.NAME}")
+    scratch = {"journal.jsonl", "lock"}
+    hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
+              if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}
+    parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
+    result = {**identity, "format": plan.format.NAME, "layers": layers,
+              "kept": [{"name": name, "reason": reason} for name, reason in plan.kept], "outputs": hashes,
+              "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
+    text = card.text(result, plan.format.LOADERS)
+    (work.folder / "README.md").write_text(text, encoding="utf-8")
+    manifest.save(work.folder, result)
+    work.complete()
+    return result
+
+
+def _config(job: Job) -> dict[str, Any]:
+    plan = job.plan
+    config = {key: value for key, value in job.checkpoint.config.items() if key != "quantization_config"}
+    skipped = [name for name, _ in plan.kept]
+    schemes = {linear.stored: linear.scheme for linear in plan.linears}
+    steps = [next(iter(step)) for step in plan.recipe.steps]
+    config["quantization_config"] = plan.format.config(schemes, skipped, steps)
+    if plan.recipe.dtype != "auto":
+        config["dtype"] = plan.recipe.dtype
+        config.pop("torch_dtype", None)
+    return config
+
+
+def _refuse_full_disk(plan: Plan) -> None:
+    parent = next(folder for folder in (plan.out.absolute().parent, *plan.out.absolute().parents) if folder.exists())
+    partial = plan.out.with_name(plan.out.name + ".partial")
+    there = sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.is_dir() else 0
+    free = shutil.disk_usage(parent).free + there
+    if free < plan.disk_bytes:
+        raise PlanError(f"{parent} has {free / 1e9:.1f} GB free and this run needs {plan.disk_bytes / 1e9:.1f} GB; "
+                        "choose an --out on another disk")
+
+
+def _same_scheme(linears: list[LinearPlan]) -> list[list[LinearPlan]]:
+    """Linears that can be solved as one stacked matrix."""
+    groups: dict[str, list[LinearPlan]] = {}
+    for linear in linears:
+        groups.setdefault(linear.scheme.model_dump_json(), []).append(linear)
+    return list(groups.values())
+
+
+def _linear_of(block: torch.nn.Module, plan: Plan, linear: LinearPlan) -> torch.nn.Linear:
+    module = block.get_submodule(linear.name.removeprefix(plan.skeleton.blocks[linear.block] + "."))
+    assert isinstance(module, torch.nn.Linear)
+    return module
+
+
+def _worst(layers: list[dict[str, Any]]) -> tuple[str, float] | None:
+    errors = [(layer["name"], layer["relative_error"]) for layer in layers if layer["relative_error"] is not None]
+    return max(errors, key=lambda pair: pair[1], default=None)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
+

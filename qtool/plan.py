@@ -1,0 +1,306 @@
+"""Everything that can be known before any data is touched: a recipe and a checkpoint's headers become a Plan.
+
+The plan decides which linears are quantized how, refuses what cannot be, and names every output tensor with its
+shape and dtype. Running it is then a plain loop (pipeline.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from qtool import estimate, found
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import PlanError, RecipeError
+from qtool.models import skeleton as skeletons
+from qtool.models.blocks import choose_compute_dtype
+from qtool.models.skeleton import Skeleton
+from qtool.recipe import Recipe, Scheme
+from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
+
+AUTO_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear [N, K] that will be quantized; `stored` is its name in the checkpoint and in the output."""
+
+    name: str
+    stored: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    block: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is done and recorded as one: the tensors before the blocks, each block, the tensors after them."""
+
+    name: str
+    block: int | None
+    linears: tuple[LinearPlan, ...]
+    copied: tuple[str, ...]  # checkpoint tensors that go over as they are
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Frozen; sizes in bytes, `seconds` a rough estimate or None."""
+
+    origin: str
+    out: Path
+    recipe: Recipe
+    device: torch.device
+    model_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    samples: int
+    skeleton: Skeleton
+    steps: tuple[tuple[ModuleType, Any], ...]
+    format: ModuleType
+    stages: tuple[Stage, ...]
+    kept: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+    source_bytes: int
+    memory: dict[str, int]
+    seconds: float | None
+
+    @property
+    def calibrated(self) -> bool:
+        return any(module.CALIBRATED for module, _ in self.steps)
+
+    @property
+    def float_stream(self) -> bool:
+        return any(getattr(module, "NEEDS_FLOAT_STREAM", False) for module, _ in self.steps)
+
+    @property
+    def linears(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for stage in self.stages for linear in stage.linears)
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        return [spec for stage in self.stages for spec in stage.outputs]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.skeleton.blocks)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Largest need while running: the output and, when calibrating, two generations of the stream."""
+        streams = 2 * self.memory.get("stream", 0) * (2 if self.float_stream else 1) if self.calibrated else 0
+        return self.weight_bytes + streams
+
+    @property
+    def peak_memory(self) -> int:
+        return self.memory["peak"]
+
+    @property
+    def bits_per_weight(self) -> float:
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+        stored = sum(linear_bytes(self.format, linear, self.model_dtype) for linear in self.linears)
+        return 8 * stored / weights if weights else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1, "source": self.origin, "out": str(self.out), "recipe": self.recipe.model_dump(mode="json"),
+            "device": str(self.device), "dtype": NAMES_OF_DTYPES[self.model_dtype],
+            "compute_dtype": NAMES_OF_DTYPES[self.compute_dtype],
+            "blocks": self.blocks, "samples": self.samples if self.calibrated else 0,
+            "linears": [{"name": one.name, "shape": list(one.shape), "scheme": one.scheme.model_dump(),
+                         "block": one.block} for one in self.linears],
+            "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
+            "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
+            "peak_memory": self.peak_memory, "memory": self.memory, "seconds": self.seconds,
+        }
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, device: str = "auto") -> Plan:
+    """Raises RecipeError, ModelError, CheckpointError or PlanError before anything has been written."""
+    target = _device(device)
+    format_ = found.load("formats", recipe.format)
+    steps = tuple(_step(entry) for entry in recipe.steps)
+    skeleton = skeletons.build(checkpoint.directory, checkpoint.config, checkpoint.specs)
+    model_dtype = _model_dtype(recipe, checkpoint)
+    linears, kept = _match(recipe, skeleton)
+    recipe, linears = _settle_groups(recipe, linears)
+    _check(linears, format_)
+    stages = _stages(skeleton, checkpoint, linears, format_, model_dtype, recipe.dtype != "auto")
+    samples = recipe.calibration.samples or (512 if target.type == "cuda" else 128)
+    compute_dtype = choose_compute_dtype(target, model_dtype)
+    calibrated = any(module.CALIBRATED for module, _ in steps)
+    float_stream = any(getattr(module, "NEEDS_FLOAT_STREAM", False) for module, _ in steps)
+    work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
+                         float_stream)
+    return Plan(
+        origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
+        model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
+        skeleton=skeleton, steps=steps, format=format_, stages=stages, kept=tuple(kept),
+        warnings=tuple(_warnings(linears, format_)),
+        source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
+        memory=estimate.memory(work), seconds=estimate.seconds(work),
+    )
+
+
+def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
+    return Path(f"{checkpoint.name}-{recipe.preset or recipe.method}-{recipe.scheme.label}")
+
+
+def linear_bytes(format_: ModuleType, linear: LinearPlan, model_dtype: torch.dtype) -> int:
+    """Stored bytes of one quantized linear, scales and zero points included."""
+    return sum(spec.nbytes for spec in format_.layout(linear.stored, linear.shape, linear.scheme, model_dtype))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise PlanError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:1")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
+                        "use --device cpu")
+    return device
+
+
+def _step(entry: dict[str, dict[str, Any]]) -> tuple[ModuleType, Any]:
+    name, options = next(iter(entry.items()))
+    module = found.load("methods", name)
+    try:
+        return module, module.Options.model_validate(options)
+    except ValidationError as error:
+        complaints = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            known = ", ".join(module.Options.model_fields)
+            complaints.append(f"unknown option '{key}' (known: {known})" if item["type"] == "extra_forbidden"
+                              else f"{key}: {item['msg']} (given: {item['input']!r})")
+        raise RecipeError(f"step {name}: " + "; ".join(complaints)) from None
+
+
+def _model_dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
+    """The recipe's, else the config's, else that of most of the weights."""
+    named: Any = recipe.dtype
+    if named == "auto":
+        named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    dtype = getattr(torch, str(named).removeprefix("torch."), None)
+    if dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return dtype
+    counts: dict[torch.dtype, int] = {}
+    for spec in checkpoint.specs.values():
+        if spec.dtype in FLOATING:
+            counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.elements
+    return max(counts, key=lambda key: counts[key], default=torch.bfloat16)
+
+
+def _match(recipe: Recipe, skeleton: Skeleton) -> tuple[list[LinearPlan], list[tuple[str, str]]]:
+    linears, kept, used = [], [], set()
+    for index in range(len(skeleton.blocks)):
+        for name, shape in skeleton.block_linears(index).items():
+            scheme, rule = recipe.scheme_for(name)
+            used.add(rule)
+            if scheme is None:
+                kept.append((name, f"rule {recipe.rules[rule or 0].match} leaves it as it is"))
+                continue
+            stored = skeleton.source(name + ".weight").removesuffix(".weight")
+            linears.append(LinearPlan(name, stored, shape, scheme, index))
+    if skeleton.head:
+        scheme, rule = recipe.scheme_for(skeleton.head)
+        used.add(rule)
+        if rule is not None and scheme is not None:
+            raise PlanError(f"rule '{recipe.rules[rule].match}' asks to quantize the output head {skeleton.head}, "
+                            "which this version cannot do; put a rule before it: {match: " + skeleton.head + ", skip: true}")
+        kept.append((skeleton.head, "the output head stays in the model's dtype"))
+    kept += [(name, "routers are not quantized") for name in skeleton.routers]
+    for index, rule in enumerate(recipe.rules):
+        if index not in used:
+            raise PlanError(f"rule '{rule.match}' decides nothing: it matches no linear, or earlier rules match all "
+                            f"that it does; a linear's name is like {next(iter(skeleton.block_linears(0)), 'none')}")
+    if not linears:
+        raise PlanError("no linear is left to quantize: every one is skipped by a rule; remove a rule")
+    return linears, kept
+
+
+def _settle_groups(recipe: Recipe, linears: list[LinearPlan]) -> tuple[Recipe, list[LinearPlan]]:
+    """Replace group_size auto, and refuse sizes that do not divide an input width."""
+    auto = [linear for linear in linears if linear.scheme.group_size == "auto"]
+    if auto:
+        size = next((g for g in AUTO_GROUPS if all(linear.shape[1] % g == 0 for linear in auto)), None)
+        if size is None:
+            worst = next(linear for linear in auto if linear.shape[1] % AUTO_GROUPS[-1])
+            raise PlanError(f"--group-size auto: none of 128, 64, 32 divides the {worst.shape[1]} input columns of "
+                            f"{worst.name}; use --group-size -1 (per channel) or a rule for it")
+        if recipe.scheme.group_size == "auto":
+            recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"group_size": size})})
+        linears = [replace(one, scheme=one.scheme.model_copy(update={"group_size": size}))
+                   if one.scheme.group_size == "auto" else one for one in linears]
+    wrong = [one for one in linears if one.scheme.group_size != -1 and one.shape[1] % int(one.scheme.group_size)]
+    if wrong:
+        widths = sorted({one.shape[1] for one in linears})
+        fits = [g for g in (256, 128, 64, 32, 16, 8) if all(width % g == 0 for width in widths)]
+        raise PlanError(
+            f"group size {wrong[0].scheme.group_size} does not divide the {wrong[0].shape[1]} input columns of "
+            f"{wrong[0].name} ({len(wrong)} of {len(linears)} linears); sizes that fit every layer: "
+            f"{', '.join(map(str, [*fits, -1]))} (-1 is per channel); or give --group-size auto")
+    return recipe, linears
+
+
+def _check(linears: list[LinearPlan], format_: ModuleType) -> None:
+    for linear in linears:
+        reason = found.load("grids", linear.scheme.grid).check(linear.scheme)
+        reason = reason or format_.check(linear.scheme, linear.name, linear.shape)
+        if reason:
+            raise PlanError(reason)
+    reason = format_.check_together({linear.stored: linear.scheme for linear in linears})
+    if reason:
+        raise PlanError(reason)
+
+
+def _stages(skeleton: Skeleton, checkpoint: Checkpoint, linears: list[LinearPlan], format_: ModuleType,
+            model_dtype: torch.dtype, convert: bool) -> tuple[Stage, ...]:
+    """Sort every parameter into before, block i, after; the order of the output file."""
+    by_block: list[list[LinearPlan]] = [[] for _ in skeleton.blocks]
+    for linear in linears:
+        by_block[linear.block].append(linear)
+    quantized = {linear.name + ".weight" for linear in linears}
+    copied: dict[int, list[str]] = {index: [] for index in range(-1, len(skeleton.blocks) + 1)}
+    seen_block = False
+    for name in skeleton.parameters:
+        place = next((i for i, prefix in enumerate(skeleton.blocks) if name.startswith(prefix + ".")), None)
+        seen_block = seen_block or place is not None
+        if place is None:
+            place = len(skeleton.blocks) if seen_block else -1
+        if name not in quantized and name not in skeleton.tied:
+            copied[place].append(skeleton.source(name))
+
+    def outputs(names: list[str], quantized_here: list[LinearPlan]) -> tuple[TensorSpec, ...]:
+        specs = [spec for one in quantized_here
+                 for spec in format_.layout(one.stored, one.shape, one.scheme, model_dtype)]
+        for name in names:
+            spec = checkpoint.specs[name]
+            specs.append(TensorSpec(name, model_dtype, spec.shape) if convert and spec.dtype in FLOATING else spec)
+        return tuple(specs)
+
+    names = ["before", *(f"block {index}" for index in range(len(skeleton.blocks))), "after"]
+    return tuple(
+        Stage(name, index if 0 <= index < len(by_block) else None,
+              tuple(by_block[index]) if 0 <= index < len(by_block) else (), tuple(copied[index]),
+              outputs(copied[index], by_block[index] if 0 <= index < len(by_block) else []))
+        for index, name in enumerate(names, -1)
+    )
+
+
+def _warnings(linears: list[LinearPlan], format_: ModuleType) -> list[str]:
+    """What a user should know about who can load the result."""
+    schemes = {linear.stored: linear.scheme for linear in linears}
+    return [*format_.notes(schemes), *format_.fused_conflicts(schemes)]

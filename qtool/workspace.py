@@ -1,0 +1,137 @@
+"""The directory OUT.partial/ in which a run works: a lock, a journal of finished stages, and the rename at the end.
+
+The journal has one JSON object per line: first the run's identity, then one line per finished stage. A line is
+written only after everything that it speaks of is on the disk, so a kill loses at most the stage under way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qtool import manifest
+from qtool.errors import OutputError, StorageError
+
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+SCRATCH = (JOURNAL, LOCK)
+
+
+class Workspace:
+    """Use as a context manager; `finished` maps stage names to what their journal lines tell."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], restart: bool = False) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self.identity = identity
+        self.restart = restart
+        self.finished: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> Workspace:
+        refuse_existing(self.out)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from None
+        self._lock()
+        if self.restart:
+            self._clear()
+        self._read_journal()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        os.close(self._descriptor)
+
+    def record(self, stage: str, result: dict[str, Any]) -> None:
+        """Add a finished stage; on return it will not be done again."""
+        self.finished[stage] = result
+        self._append({"stage": stage, **result})
+
+    def complete(self) -> None:
+        """Drop the scratch files and give the directory its final name."""
+        for name in SCRATCH:
+            (self.folder / name).unlink(missing_ok=True)
+        sync_folder(self.folder)
+        refuse_existing(self.out)
+        if self.out.exists():
+            self.out.rmdir()  # empty, as just checked
+        self.folder.rename(self.out)
+        sync_folder(self.out.parent)
+
+    def _lock(self) -> None:
+        try:
+            self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = (self.folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+            os.close(self._descriptor)
+            raise OutputError(f"{self.folder} is in use by process {owner}; wait for it or choose another "
+                              "--out") from None
+        except OSError as error:
+            raise OutputError(f"{self.folder} is not writable: {error.strerror}; choose another --out") from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _read_journal(self) -> None:
+        path = self.folder / JOURNAL
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        whole = lines[:-1]  # a last line without its newline was cut off by a kill
+        try:
+            entries = [json.loads(line) for line in whole]
+        except ValueError:
+            raise OutputError(f"{path} is damaged; --restart discards the unfinished run") from None
+        if not entries:
+            self._clear()
+            self._append({"identity": self.identity})
+            return
+        if len(lines[-1]):
+            with path.open("r+b") as file:
+                file.truncate(sum(len(line) + 1 for line in whole))
+        manifest.refuse_other_run(entries[0].get("identity"), json.loads(json.dumps(self.identity)), self.folder)
+        self.finished = {entry.pop("stage"): entry for entry in entries[1:]}
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            with (self.folder / JOURNAL).open("ab") as file:
+                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error(error, self.folder) from None
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise OutputError when the output's place is taken."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a directory; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not empty; remove it or choose another --out")
+
+
+def storage_error(error: OSError, place: Path) -> StorageError:
+    """The message for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageError(f"no room left to write in {place} ({error.strerror}); free some space and give the same "
+                            "command again: it goes on where it stopped")
+    return StorageError(f"writing in {place} failed: {error.strerror}; the same command goes on where it stopped")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

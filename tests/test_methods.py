@@ -1,0 +1,149 @@
+"""The steps against textbook loops, and the promises that they make: monotone, exact, independent of order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtool import quality
+from qtool.errors import NumericalError, RecipeError
+from qtool.grids import affine
+from qtool.layer import Layer, damped, factor
+from qtool.methods import asymmetric, gptq, refine, rtn
+from qtool.recipe import Scheme
+from qtool.tensors import CalibrationStats
+
+SCHEMES = [Scheme(bits=4, group_size=32), Scheme(bits=3, group_size=32, symmetric=False), Scheme(bits=2, group_size=-1),
+           Scheme(bits=8, group_size=64)]
+
+
+def problem(scheme: Scheme, rows: int = 24, columns: int = 128, tokens: int = 600, dtype: torch.dtype = torch.bfloat16,
+            seed: int = 0) -> Layer:
+    """A layer with correlated inputs of very different sizes, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    sizes = torch.exp(torch.randn(columns, generator=generator))
+    inputs = (torch.randn(2 * tokens, columns, generator=generator) @ (torch.eye(columns) + mix)) * sizes
+    noise = inputs @ (0.1 * torch.randn(columns, columns, generator=generator) / columns**0.5)  # x~ - x
+    fit, held = inputs[:tokens], inputs[tokens:]
+    weight = torch.randn(rows, columns, generator=generator)
+    stats = CalibrationStats(fit.T @ fit / tokens, held.T @ held / tokens, tokens, tokens,
+                             noise[:tokens].T @ fit / tokens, noise[tokens:].T @ held / tokens)
+    return Layer("layer", weight, weight, scheme, dtype, stats)
+
+
+def loss(layer: Layer) -> float:
+    assert layer.stats is not None and layer.quantized is not None
+    return quality.output_error(layer.weight, layer.target - affine.decode(layer.quantized), layer.stats.hessian)
+
+
+def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int,
+                  group: int, order: list[int]) -> torch.Tensor:
+    """GPTQ as the paper writes it: inverse, its upper Cholesky factor, one column after another. float64."""
+    weight, hessian = weight.double()[:, order].clone(), hessian.double()[order][:, order]
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    answer = torch.zeros_like(weight)
+    for j, column in enumerate(order):
+        s, z = scale[:, column // group].double(), zero[:, column // group].double()
+        codes = ((weight[:, j] / s).round() + z).clamp(0, 2**bits - 1)
+        answer[:, column] = (codes - z) * s
+        error = (weight[:, j] - answer[:, column]) / upper[j, j]
+        weight[:, j:] -= error[:, None] * upper[j, j:]
+    return answer
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("order", ["activation", "none"])
+def test_gptq_equals_the_textbook(scheme: Scheme, order: str) -> None:
+    layer = problem(scheme, dtype=torch.float32)
+    options = gptq.Options(order=order, block=32)
+    answer = gptq.run(layer, options).quantized
+    assert answer is not None and layer.stats is not None
+    columns = list(range(128)) if order == "none" else gptq.column_order(layer.stats.hessian, order).tolist()
+    expected = textbook_gptq(layer.weight, damped(layer.stats.hessian, 0.01, "mean"), answer.scale, answer.zero_point,
+                             scheme.bits, answer.group_size, columns)
+    same = (affine.decode(answer) - expected).abs() < 1e-4
+    assert same.float().mean() > 0.98  # float32 against float64: a rare tie may fall the other way
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_every_step_lowers_the_loss(scheme: Scheme) -> None:
+    layer = problem(scheme)
+    plain = rtn.run(layer, rtn.Options(search=False))
+    solved = gptq.run(layer, gptq.Options())
+    better = refine.run(solved, refine.Options(damping=0.0, sweeps=3))
+    assert loss(solved) < loss(plain)
+    assert loss(better) <= loss(solved)
+
+
+def test_static_order_beats_no_order() -> None:
+    layer = problem(SCHEMES[1])
+    assert loss(gptq.run(layer, gptq.Options())) < loss(gptq.run(layer, gptq.Options(order="none")))
+
+
+def test_search_lowers_the_weight_error() -> None:
+    layer = problem(Scheme(bits=3, group_size=32)).having(stats=None)
+    errors = []
+    for search in (False, True):
+        answer = rtn.run(layer, rtn.Options(search=search, signed=search)).quantized
+        assert answer is not None
+        errors.append(quality.weight_error(layer.weight, layer.weight - affine.decode(answer)))
+    assert errors[1] < errors[0]
+
+
+def test_stored_scales_are_the_scales_used() -> None:
+    answer = refine.run(gptq.run(problem(SCHEMES[0]), gptq.Options()), refine.Options()).quantized
+    assert answer is not None and answer.scale.dtype is torch.bfloat16
+    again = (answer.codes.float() - answer.zero_point.float().repeat_interleave(32, 1))
+    again = again * answer.scale.float().repeat_interleave(32, 1)
+    assert torch.equal(again, affine.decode(answer))
+
+
+def test_asymmetric_target_lowers_the_distance_to_the_unquantized_model() -> None:
+    layer = problem(SCHEMES[0])
+    moved = asymmetric.run(layer, asymmetric.Options())
+    assert 0 < moved.notes["asymmetric"] <= 1
+    assert layer.stats is not None
+
+    def distance(target: torch.Tensor) -> float:  # |T x - W x~|² on held-out tokens, less a constant
+        change = target - layer.weight
+        return float(((change @ layer.stats.held_out) * change).sum()
+                     - 2 * ((change @ layer.stats.held_out_cross.T) * layer.weight).sum())
+
+    assert distance(moved.target) < distance(layer.target) == 0
+    half = asymmetric.run(layer, asymmetric.Options(factor=0.5 * moved.notes["asymmetric"]))
+    assert distance(moved.target) <= distance(half.target)
+
+
+def test_factor_is_the_reversed_cholesky() -> None:
+    hessian = problem(SCHEMES[0]).stats.hessian
+    upper, notes = factor("x", hessian, 0.01, "mean")
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper @ upper.T, damped(hessian, 0.01, "mean"), rtol=1e-3, atol=1e-3)
+    assert notes == {"damping": 0.01}
+
+
+def test_indefinite_hessian_is_repaired_and_told() -> None:
+    indefinite = torch.eye(16)
+    indefinite[0, 1] = indefinite[1, 0] = 1.02
+    _, notes = factor("x", indefinite, 0.001, "mean")
+    assert notes["damping"] > 0.001 and "damping" in notes["repaired"]
+    hopeless = torch.eye(16)
+    hopeless[0, 1] = hopeless[1, 0] = 50.0
+    with pytest.raises(NumericalError, match="layer.7"):
+        factor("layer.7", hopeless, 0.01, "mean")
+    with pytest.raises(NumericalError, match="not finite"):
+        factor("x", torch.full((4, 4), float("nan")), 0.01, "mean")
+
+
+def test_dead_inputs_are_rounded_not_zeroed() -> None:
+    layer = problem(SCHEMES[0])
+    layer.stats.hessian[5] = layer.stats.hessian[:, 5] = 0
+    answer = gptq.run(layer, gptq.Options()).quantized
+    step = answer.scale.float()[:, 0].abs()
+    assert ((affine.decode(answer)[:, 5] - layer.weight[:, 5]).abs() <= step * 1.01).float().mean() > 0.5
+
+
+def test_refine_needs_codes() -> None:
+    with pytest.raises(RecipeError, match="after gptq"):
+        refine.run(problem(SCHEMES[0]), refine.Options())

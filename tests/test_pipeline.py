@@ -1,0 +1,211 @@
+"""A whole run over tiny models: what is written, that it is the same twice, and that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool import decode, manifest, pipeline, recipe
+from qtool.checkpoint import open_checkpoint
+from qtool.errors import NumericalError, OutputError, PlanError
+from qtool.plan import make_plan
+from tests import tiny
+
+SMALL = {"scheme.group_size": 32, "calibration.samples": 12, "calibration.sequence_length": 32,
+         "calibration.batch_tokens": 128}
+
+
+class Silent:
+    def start(self, blocks: int, done: int) -> None:
+        self.done = done
+
+    def message(self, text: str) -> None: ...
+    def linear(self, name: str, error: float | None) -> None: ...
+    def block(self, *details: Any) -> None: ...
+    def finish(self) -> None: ...
+
+
+def quantize(model: Path, out: Path, method: str = "gptq", restart: bool = False, progress: Any = None,
+             **settings: Any) -> dict[str, Any]:
+    changes = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+    made = recipe.override(recipe.preset(method), changes)
+    checkpoint = open_checkpoint(str(model))
+    plan = make_plan(checkpoint, made, out, "cpu")
+    return pipeline.run(checkpoint, plan, progress or Silent(), restart)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_every_family_goes_through(family: str, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", family)
+    result = quantize(model, tmp_path / "out", scheme__group_size=16)
+    assert result["layers"] and all(0 <= layer["relative_error"] < 0.2 for layer in result["layers"])
+    source, decoded = decode.open_model(str(model)), decode.open_model(str(tmp_path / "out"))
+    assert set(decoded.specs) == set(source.specs)
+    for layer in result["layers"]:
+        name = layer["stored"] + ".weight"
+        difference = source.read(name).float() - decoded.read(name).float()
+        assert difference.norm() / source.read(name).float().norm() < 0.35
+    kept = set(source.specs) - {layer["stored"] + ".weight" for layer in result["layers"]}
+    assert all(torch.equal(source.read(name), decoded.read(name)) for name in kept)
+
+
+def test_two_runs_are_equal_byte_for_byte(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    for out in ("a", "b"):
+        quantize(model, tmp_path / out)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_manifest_tells_what_was_made(method: str, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "qwen2")
+    result = quantize(model, tmp_path / "out", method)
+    assert manifest.load(tmp_path / "out") == json.loads(json.dumps(result))
+    for name, digest in result["outputs"].items():
+        assert manifest.file_hash(tmp_path / "out" / name) == digest
+    assert (result["calibration"] is None) == (method == "rtn")
+    assert result["totals"]["bits_per_weight"] == pytest.approx(4.5, abs=0.3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "manifest.json", "README.md", "tokenizer.json"} <= names
+    assert not [name for name in names if "stream" in name or "journal" in name or name.endswith(".part")]
+
+
+def test_gptq_with_an_asymmetric_target(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    result = quantize(model, tmp_path / "out", steps=[{"asymmetric": {}}, {"gptq": {}}, {"refine": {}}])
+    factors = [layer["asymmetric"] for layer in result["layers"]]
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert any(factor > 0 for factor in factors[7:])
+    assert all(factor == 0 for factor in factors[:3])  # the first block's inputs are not quantized yet
+
+
+def test_spilled_activations_give_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    quantize(model, tmp_path / "ram")
+    quantize(model, tmp_path / "file", memory_budget_gb=1e-9)
+    same = [load_file(tmp_path / out / "model.safetensors") for out in ("ram", "file")]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_several_shards(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    quantize(model, tmp_path / "one")
+    quantize(model, tmp_path / "many", shard_gb=5e-5)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "many" / file)[name], whole[name])
+
+
+class KilledAt(Silent):
+    """Stops the process at one block, as a power cut would."""
+
+    def __init__(self, block: int) -> None:
+        self.at = block
+
+    def linear(self, name: str, error: float | None) -> None:
+        if f".{self.at}.mlp" in name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method, settings", [("gptq", {}), ("rtn", {}), (
+    "gptq", {"steps": [{"asymmetric": {}}, {"gptq": {}}], "memory_budget_gb": 1e-9})])
+def test_a_killed_run_goes_on_and_ends_the_same(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama", num_hidden_layers=4)
+    quantize(model, tmp_path / "whole", method, **settings)
+    for block in (0, 2, 3):
+        child = subprocess.Popen([
+            sys.executable, "-c",
+            "import sys, json; from pathlib import Path; from tests.test_pipeline import *\n"
+            f"quantize(Path({str(model)!r}), Path({str(tmp_path / 'killed')!r}), {method!r}, "
+            f"progress=KilledAt({block}), **json.loads({json.dumps(json.dumps(settings))}))"],
+            cwd=Path(__file__).parent.parent)
+        assert child.wait(120) == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+    progress = Silent()
+    quantize(model, tmp_path / "killed", method, progress=progress, **settings)
+    assert progress.done == 3  # only the block under way was lost
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_another_recipe_is_refused_and_restart_discards(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+
+    class Interrupted(Silent):
+        def block(self, *details: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", progress=Interrupted())
+    with pytest.raises(OutputError, match=r"recipe.scheme.bits: 4 -> 3(.|\n)*--restart"):
+        quantize(model, tmp_path / "out", scheme__bits=3)
+    quantize(model, tmp_path / "out", scheme__bits=3, restart=True)
+    quantize(model, tmp_path / "plain", scheme__bits=3)
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    with pytest.raises(OutputError, match="not empty"):
+        quantize(model, tmp_path / "out", scheme__bits=3)
+
+
+def test_two_processes_on_one_output(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    refused = []
+
+    class Second(Silent):
+        def block(self, *details: Any) -> None:
+            with pytest.raises(OutputError, match=f"in use by process {os.getpid()}"):
+                quantize(model, tmp_path / "out")
+            refused.append(time.monotonic())
+
+    quantize(model, tmp_path / "out", progress=Second())
+    assert len(refused) == 3
+
+
+def test_nan_in_a_weight_is_named(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for method in ("gptq", "rtn"):
+        with pytest.raises(NumericalError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 8192 values"):
+            quantize(model, tmp_path / f"out-{method}", method)
+        assert not (tmp_path / f"out-{method}").exists()
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"scheme__group_size": 128}, r"64 input columns of model.layers.0.self_attn.q_proj.*64, 32.*--group-size auto"),
+    ({"rules": [{"match": "*.nothing", "bits": 8}]}, r"'\*.nothing' decides nothing"),
+    ({"rules": [{"match": "*", "skip": True}]}, "no linear is left"),
+    ({"rules": [{"match": "lm_head", "bits": 8}]}, "output head lm_head"),
+])
+def test_plans_that_cannot_be(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    with pytest.raises(PlanError, match=words):
+        quantize(model, tmp_path / "out", **settings)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_rules_and_group_auto(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    result = quantize(model, tmp_path / "out", scheme__group_size="auto", rules=[
+        {"match": "*.down_proj", "bits": 8}, {"match": "*.layers.0.*", "skip": True}])
+    schemes = {layer["name"]: layer["scheme"] for layer in result["layers"]}
+    assert not any(".layers.0." in name for name in schemes)
+    assert {scheme["group_size"] for scheme in schemes.values()} == {64}
+    assert {scheme["bits"] for name, scheme in schemes.items() if name.endswith("down_proj")} == {8}
+    decoded = decode.open_model(str(tmp_path / "out"))
+    assert decoded.schemes["model.layers.2.mlp.down_proj"].bits == 8

@@ -1,0 +1,80 @@
+"""Recipes: what is accepted, and that every complaint names the key, the line and the nearest name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool import recipe
+from qtool.errors import RecipeError
+
+
+@pytest.mark.parametrize("name", sorted(recipe.available()))
+def test_ready_recipes_load(name: str) -> None:
+    assert recipe.load(name).steps
+
+
+def test_presets_are_ready_recipes() -> None:
+    assert recipe.preset("gptq").method == "gptq+refine"
+    assert recipe.preset("rtn").method == "rtn"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("bitss: 4", ["unknown key 'bitss'"]),
+    ("scheme: {bit: 4}", ["scheme.bit", "did you mean 'bits'"]),
+    ("name: x\nscheme:\n  bits: 9\n", ["scheme.bits", "line 3", "9"]),
+    ("scheme: {bits: 1}", ["scheme.bits", "1"]),
+    ("scheme: {group_size: 100}", ["group_size", "multiple of 8"]),
+    ("steps: gptq", ["steps"]),
+    ("steps: []", ["steps"]),
+    ("steps: [{gptq: {}, refine: {}}]", ["one name"]),
+    ("- a\n- b", ["mapping"]),
+    ("a: &x [1]\nb: *x", ["aliases"]),
+    ("name: a\nname: b", ["twice", "line 2"]),
+    ("!!python/object/apply:os.system ['true']", ["YAML"]),
+    ("rules: [{match: '*', bitz: 4}]", ["bitz", "did you mean 'bits'"]),
+    ("calibration: {samples: 0}", ["calibration.samples"]),
+    ("name: [", ["YAML"]),
+])
+def test_wrong_recipes_say_why(text: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(text, "r.yaml")
+    for word in ["r.yaml", *words]:
+        assert word in str(caught.value)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'gptq'"):
+        recipe.preset("gtpq")
+    with pytest.raises(RecipeError, match="did you mean 'gptq-int4'"):
+        recipe.load("gptq-int")
+    with pytest.raises(RecipeError, match="does not exist"):
+        recipe.load("nowhere.yaml")
+
+
+def test_overrides() -> None:
+    base = recipe.preset("gptq")
+    changed = recipe.override(base, {"scheme.bits": 3, "steps.gptq.damping": 0.05})
+    assert changed.scheme.bits == 3
+    assert changed.steps[0]["gptq"]["damping"] == 0.05
+    assert base.scheme.bits == 4
+    with pytest.raises(RecipeError, match="no step 'awq'"):
+        recipe.override(base, {"steps.awq.x": 1})
+    with pytest.raises(RecipeError, match="key=value"):
+        recipe.parse_setting("scheme.bits")
+
+
+def test_rules_first_match_wins() -> None:
+    made = recipe.parse("rules: [{match: '*.down_proj', bits: 8}, {match: '*.mlp.*', skip: true}]", "r")
+    assert made.scheme_for("model.layers.0.mlp.down_proj")[0].bits == 8
+    assert made.scheme_for("model.layers.0.mlp.up_proj") == (None, 1)
+    assert made.scheme_for("model.layers.0.self_attn.q_proj")[0].bits == 4
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_an_error(text: str) -> None:
+    try:
+        recipe.parse(text, "fuzz")
+    except RecipeError as error:
+        assert "fuzz" in str(error)

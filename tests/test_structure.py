@@ -1,0 +1,105 @@
+"""The rules of the house, held by ast: arrows, sizes, no prints, no environment, one broad except."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "qtool").rglob("*.py"))
+NATIVE = sorted([*(ROOT / "qtool" / "csrc").glob("*"), *(ROOT / "kernels_cuda").glob("*")])
+
+# who may import whom: a file may import from ranks below its own, and siblings only where named
+RANKS = {
+    "errors": 0, "tensors": 1, "recipe": 1, "found": 1, "quality": 1, "ops": 2, "grids": 3, "layer": 3,
+    "methods": 4, "formats": 4, "models": 4, "checkpoint": 4,
+    "manifest": 5, "estimate": 5, "decode": 5, "plan": 5, "workspace": 6, "card": 6,
+    "pipeline": 7, "inspect": 7, "evaluate": 7, "export": 7, "console": 8, "cli": 9, "__main__": 10, "__init__": 0,
+}
+SEPARATE = ("methods", "formats", "models", "checkpoint")  # never import each other
+
+
+def part_of(path: Path) -> str:
+    inside = path.relative_to(ROOT / "qtool").parts
+    return inside[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The parts of qtool that a file imports."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("qtool.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "qtool":
+            found |= {alias.name for alias in node.names if alias.name in RANKS}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qtool."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def is_broad(node: ast.ExceptHandler) -> bool:
+    return node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_keeps_the_rules(path: Path) -> None:
+    tree, part = parsed(path), part_of(path)
+    assert part in RANKS, f"{path}: give the new part a rank in this test and a line in docs/design.md"
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 400, f"{path} has {lines} lines"
+    for imported in imports(tree):
+        assert RANKS[imported] <= RANKS[part], f"{path} imports {imported}, which lies above it"
+        assert imported == part or part not in SEPARATE or imported not in SEPARATE, f"{path} imports {imported}"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{path}: {node.name} has {length} lines"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
+            assert node.attr not in ("environ", "getenv"), f"{path}:{node.lineno} reads the environment"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            assert part == "console", f"{path}:{node.lineno} prints"
+        if isinstance(node, ast.ExceptHandler):
+            assert not is_broad(node) or part == "cli", f"{path}:{node.lineno} catches everything"
+
+
+def test_one_broad_except() -> None:
+    handlers = [node for path in FILES for node in ast.walk(parsed(path))
+                if isinstance(node, ast.ExceptHandler) and is_broad(node)]
+    assert len(handlers) == 1
+
+
+def test_typer_and_transformers_stay_in_their_place() -> None:
+    for path in FILES:
+        modules = {alias.name.split(".")[0] for node in ast.walk(parsed(path)) if isinstance(node, ast.Import)
+                   for alias in node.names}
+        modules |= {str(node.module).split(".")[0] for node in ast.walk(parsed(path))
+                    if isinstance(node, ast.ImportFrom)}
+        if "typer" in modules:
+            assert path.name == "cli.py"
+        if "transformers" in modules:
+            assert part_of(path) in ("models", "pipeline") or path.name == "gguf_file.py", path
+
+
+def test_inheritance_is_shallow() -> None:
+    parents = {node.name: [base.id for base in node.bases if isinstance(base, ast.Name)]
+               for path in FILES for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef)}
+
+    def depth(name: str) -> int:
+        return 1 + max((depth(base) for base in parents.get(name, [])), default=0) if name in parents else 0
+
+    deep = {name: depth(name) for name in parents if depth(name) > 3}  # QtoolError -> InputError -> PlanError
+    assert not deep
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
+def test_native_files_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    if "bindings" not in path.name:
+        assert "torch/" not in text, f"{path.name}: only bindings know torch"
