@@ -21,7 +21,7 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
     path = Path(model).expanduser()
     if path.is_dir() or path.is_file():
         if revision is not None:
-            raise CheckpointError(f"{model}: a revision ({revision}) goes with a Hub id, and this is a path; leave it out")
+            raise CheckpointError(f"{model}: a revision ({revision}) goes with a Hub id; this is a path, leave it out")
         if path.is_dir():
             return open_directory(path)
         if path.suffix.lower() == ".gguf":

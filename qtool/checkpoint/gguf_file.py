@@ -1,0 +1,220 @@
+"""GGUF files as a source: tensors dequantized one at a time under their Hugging Face names, config and tokenizer files.
+
+The block layouts are the `gguf` package's, the config classes and the tokenizer transformers'.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from qtool.checkpoint.gguf_config import REMEDY, count
+from qtool.checkpoint.gguf_config import values as config_values
+from qtool.checkpoint.gguf_families import FAMILIES, ROPE_FREQUENCIES, Part, map_tensors
+from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from qtool.checkpoint.header import AGAIN, printable, read_json
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.tensor_io import read_into, sha256_files
+from qtool.errors import CheckpointError
+from qtool.tensors import TensorSpec
+
+CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; bounds the float32 temporaries
+# What transformers and tokenizers raise for metadata that they cannot use
+UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError, OverflowError,
+            MemoryError, AssertionError, ImportError)
+# Vocabularies (tokenizer.ggml.pre) in which each digit is a token of its own. transformers does not know them; the rule
+# is llama.cpp's (src/llama-vocab.cpp).
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+
+
+def open_gguf(path: Path, work_dir: Path | None = None) -> Checkpoint:
+    """Open a .gguf file; config.json and tokenizer files are written into work_dir. Raises CheckpointError."""
+    where = str(path)
+    header = read_gguf_header(path)
+    architecture = _architecture(header, where)
+    heads = count(header.metadata, f"{architecture}.attention.head_count", where)
+    kv_heads = count(header.metadata, f"{architecture}.attention.head_count_kv", where, heads)
+    _refuse_undecodable(header, where)
+    parts = map_tensors(header.tensors, architecture, heads, kv_heads, where)
+    dtype = _dtype(header)
+    temporary = None if work_dir is not None else tempfile.TemporaryDirectory(prefix="qtool-gguf-")
+    folder = work_dir if work_dir is not None else Path(temporary.name) if temporary is not None else Path()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _write_config(path, header, architecture, dtype, folder)
+    _write_tokenizer(path, header, folder)
+    return Checkpoint(
+        origin=where, name=path.stem, kind="gguf", config=config, directory=folder,
+        specs={name: TensorSpec(name, dtype, part.shape) for name, part in parts.items()},
+        fetch=lambda name, start, stop: _fetch(path, parts[name], dtype, start, stop),
+        hash_files=lambda: sha256_files({path.name: path}),
+        release=temporary.cleanup if temporary is not None else None,
+    )
+
+
+def _architecture(header: GgufHeader, where: str) -> str:
+    """The architecture, one of FAMILIES, of a file that holds a whole language model."""
+    metadata = header.metadata
+    kind = metadata.get("general.type", "model")
+    if kind != "model" or not header.tensors:
+        raise CheckpointError(f"{where}: holds no model, but {printable(str(kind))}, and {len(header.tensors)} "
+                              "tensors; give the file of the model itself")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(f"{where}: is one of {metadata['split.count']} parts of a model; join them, with "
+                              "llama.cpp's llama-gguf-split --merge FIRST-PART OUT.gguf")
+    architecture = metadata.get("general.architecture")
+    if architecture not in FAMILIES:
+        raise CheckpointError(f"{where}: GGUF files of architecture '{printable(str(architecture))}' are not supported "
+                              f"(supported: {', '.join(FAMILIES)}); {REMEDY}")
+    layers = count(metadata, f"{architecture}.block_count", where)
+    if layers > len(header.tensors):
+        raise CheckpointError(f"{where}: {architecture}.block_count is {layers}, but there are {len(header.tensors)} "
+                              "tensors; download the file again")
+    return str(architecture)
+
+
+def _refuse_undecodable(header: GgufHeader, where: str) -> None:
+    seen: set[GGMLQuantizationType] = set()
+    for tensor in header.tensors.values():
+        if tensor.kind not in seen:
+            seen.add(tensor.kind)
+            try:
+                gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[tensor.kind][1]), np.uint8), tensor.kind)
+            except NotImplementedError:
+                raise CheckpointError(f"{where}: tensor '{tensor.name}' has type {tensor.kind.name}, which gguf "
+                                      f"cannot decode; {REMEDY}") from None
+
+
+def _dtype(header: GgufHeader) -> torch.dtype:
+    """What tensors are read as: the element type of the matrices if none is quantized, else bfloat16."""
+    kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    if kinds == {GGMLQuantizationType.F32}:
+        return torch.float32
+    return torch.float16 if kinds == {GGMLQuantizationType.F16} else torch.bfloat16
+
+
+def _fetch(path: Path, part: Part, dtype: torch.dtype, start: int | None, stop: int | None) -> torch.Tensor:
+    """The tensor, or its rows start .. stop. Rows in a changed order need all rows."""
+    vector = len(part.shape) == 1
+    rows = 1 if vector else part.shape[0]
+    whole = start is None or stop is None or vector or part.heads > 0
+    first, last = (0, rows) if whole or start is None or stop is None else (start, stop)
+    tensor = _decode(path, part, dtype, part.start + first, last - first)
+    if part.heads:
+        tensor = _unpermute(tensor.reshape(part.shape), part.heads)
+    if whole:
+        tensor = tensor.reshape(part.shape)
+        return tensor if start is None else tensor[start:stop].clone()
+    return tensor
+
+
+def _decode(path: Path, part: Part, dtype: torch.dtype, first: int, rows: int) -> torch.Tensor:
+    """Dequantize `rows` rows to [rows, K] in chunks; float32 inside, then rounded to `dtype`."""
+    tensor, columns = part.tensor, part.shape[-1]
+    result = torch.empty((rows, columns), dtype=dtype)
+    step = max(1, CHUNK_ELEMENTS // columns)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for begin in range(0, rows, step):
+                count = min(step, rows - begin)
+                values = torch.from_numpy(_rows(descriptor, tensor, first + begin, count))
+                result[begin:begin + count] = values - part.offset if part.offset else values
+        finally:
+            os.close(descriptor)
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"{path}: tensor '{tensor.name}' cannot be read: {error}; {AGAIN}") from None
+    return result
+
+
+def _rows(descriptor: int, tensor: GgufTensor, first: int, count: int) -> np.ndarray:
+    """float32 [count, K]"""
+    blocks = np.empty((count, tensor.row_bytes), np.uint8)
+    if not read_into(descriptor, blocks.reshape(-1).data, tensor.offset + first * tensor.row_bytes):
+        raise EOFError("the file became shorter")
+    with np.errstate(all="ignore"):  # a scale that is inf or NaN is the caller's to judge
+        return gguf.dequantize(blocks, tensor.kind)
+
+
+def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """From interleaved rotary pairs, llama.cpp's row order, back to two halves per head: [rows] or [rows, K]."""
+    rest = tensor.shape[1:]
+    return tensor.reshape(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _write_config(path: Path, header: GgufHeader, architecture: str, dtype: torch.dtype,
+                  folder: Path) -> dict[str, Any]:
+    """Write config.json and return it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    tensor, family = header.tensors.get(ROPE_FREQUENCIES), FAMILIES[architecture]
+    divisors = None if tensor is None else _fetch(path, Part(tensor, tensor.shape), torch.float32, None, None)
+    values = config_values(header.metadata, header.tensors, architecture, divisors, str(path))
+    try:
+        AutoConfig.for_model(family.model_type, architectures=[family.model_class], dtype=dtype, **values) \
+            .save_pretrained(folder)
+    except (*UNUSABLE, StrictDataclassError) as error:
+        raise CheckpointError(f"{path}: the metadata make no valid config: {_short(error)}; {REMEDY}") from None
+    return read_json(folder / "config.json")
+
+
+def _write_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
+    """Write the tokenizer files; none for a file without vocabulary."""
+    if "tokenizer.ggml.tokens" not in header.metadata:
+        return
+    _check_vocabulary(header.metadata, str(path))
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would parse the file again, slowly, for its config
+
+    with tempfile.TemporaryDirectory(prefix="qtool-gguf-") as empty:  # where nothing but the file can be picked up
+        link = Path(empty) / "model.gguf"
+        link.symlink_to(path.resolve())
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=link.name)
+            if header.metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
+                _split_digits(tokenizer)
+            tokenizer.save_pretrained(folder)
+        except UNUSABLE as error:
+            raise CheckpointError(f"{path}: the metadata make no tokenizer: {_short(error)}; {REMEDY}") from None
+
+
+def _split_digits(tokenizer: Any) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
+
+
+def _check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
+    """The tokenizers library ends in errors of no class, or in a panic, for what is refused here."""
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges", [])
+    if not _texts(tokens) or not _texts(merges):
+        raise CheckpointError(f"{where}: tokenizer.ggml.tokens or .merges is not a list of texts; {REMEDY}")
+    known = set(tokens)
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not space or " " in right or left not in known or right not in known or left + right not in known:
+            raise CheckpointError(f"{where}: merge '{printable(merge)}' does not join two tokens to a third; {REMEDY}")
+    for name in ("bos", "eos", "unknown", "padding"):
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
+            raise CheckpointError(f"{where}: tokenizer.ggml.{name}_token_id is {number!r}, and there are {len(tokens)} "
+                                  f"tokens; {REMEDY}")
+    for name in ("scores", "token_type"):
+        values = metadata.get(f"tokenizer.ggml.{name}")
+        if values is not None and (not isinstance(values, list) or len(values) != len(tokens) or _texts(values)):
+            raise CheckpointError(f"{where}: tokenizer.ggml.{name} does not give one number per token; {REMEDY}")
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _short(error: BaseException) -> str:
+    return printable(" ".join(str(error).split()), 300) or type(error).__name__
