@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of real architectures, made on the spot: config, bf16 safetensors and a small real tokenizer."""
+"""Tiny random checkpoints of real architectures, made on the spot: config, bf16 safetensors, a small real tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "gemma2": {"tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3": {"model_type": "gemma3_text", "tie_word_embeddings": True, "sliding_window": 8,
-               "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+               "query_pre_attn_scalar": 16,
+               "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     "phi3": {},
     "olmo2": {},
     "qwen3_moe": {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},

@@ -52,10 +52,19 @@ def _fill(skeleton: Skeleton, module: nn.Module, prefix: str, read: Read, device
         _fill_buffers(skeleton, part, where, read, device)  # first: the initialisation would overwrite real weights
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter.is_meta:
-                tensor = read(skeleton.source(where + name)).to(device=device, dtype=None if table else dtype)
+                wanted = None if table else torch.float32 if _stays_float32(skeleton, where + name, dtype) else dtype
+                tensor = read(skeleton.source(where + name)).to(device=device, dtype=wanted)
                 setattr(part, name, nn.Parameter(tensor, requires_grad=False))
         if table:
             part.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+
+
+def _stays_float32(skeleton: Skeleton, parameter: str, dtype: torch.dtype) -> bool:
+    """Whether transformers keeps this parameter in float32 although the model is in `dtype` (some routers)."""
+    patterns = set(getattr(skeleton.model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(skeleton.model, "_keep_in_fp32_modules", None) or ())
+    return any(pattern in parameter for pattern in patterns)
 
 
 def _fill_buffers(skeleton: Skeleton, part: nn.Module, where: str, read: Read, device: torch.device) -> None:
@@ -65,17 +74,24 @@ def _fill_buffers(skeleton: Skeleton, part: nn.Module, where: str, read: Read, d
     for name in meta.keys() - computed.keys():
         part._buffers[name] = read(skeleton.source(where + name)).to(device)
     for name, buffer in computed.items():
-        unset = float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
+        unset = float("nan") if buffer.is_floating_point() else 0
         part._buffers[name] = torch.full(buffer.shape, unset, dtype=buffer.dtype)
     if computed:
         with torch.no_grad():
-            skeleton.model._init_weights(part)  # type: ignore[operator]
+            _owner(skeleton.model, where)._init_weights(part)
     for name in computed:
         value = part._buffers[name]
         if value is None or (value.is_floating_point() and value.isnan().any()):
             raise ModelError(f"{where}{name}: transformers does not say how to compute this buffer of "
                              f"{type(part).__name__}, and no checkpoint stores it")
         part._buffers[name] = value.to(device)
+
+
+def _owner(model: nn.Module, where: str) -> Any:
+    """The innermost model of transformers' own kind around the module at path `where`: it initialises its parts."""
+    names = where.rstrip(".").split(".")
+    paths = [".".join(names[:count]) for count in range(len(names), 0, -1)]
+    return next((part for part in map(model.get_submodule, paths) if hasattr(part, "_init_weights")), model)
 
 
 @dataclass
@@ -85,7 +101,7 @@ class BlockArguments:
     _recorded: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
     def for_block(self, index: int, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional (after the hidden states) and keyword arguments of block `index` for a batch of `size` sequences."""
+        """Positional (after the hidden states) and keyword arguments of block `index` for `size` sequences."""
         return self._recorded[index, size]
 
     def record(self, name: str, index: int, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,6 +161,7 @@ def capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStor
     The blocks are replaced by recorders, so the arguments of all of them are known afterwards, whatever the
     architecture. Embeddings are read and freed here. Raises ModelError.
     """
+    reason = ""
     with torch.no_grad():  # not inference mode: methods may differentiate through a block with these arguments
         for as_tuple in (False, True):
             arguments = BlockArguments()
@@ -153,8 +170,10 @@ def capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStor
                 return arguments
             except _TupleExpected:
                 continue
-    raise ModelError(f"{skeleton.model_type}: the hidden states change between blocks; models of this kind cannot be "
-                     "run block by block")
+            except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                reason = f"; {type(error).__name__}: {error}"
+    raise ModelError(f"{skeleton.model_type}: more than the hidden states passes from block to block, so the blocks "
+                     f"cannot be run one by one{reason}")
 
 
 def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStore, device: torch.device,
@@ -166,6 +185,9 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
         batch = state["batch"]
         if index == 0:
             state["hidden"] = hidden
+            if hidden.shape != (batch.stop - batch.start, *store.shape[1:]):
+                raise ModelError(f"{skeleton.model_type}: its blocks receive hidden states of shape {list(hidden.shape)}, "
+                                 "not [samples, tokens, hidden]; models of this kind cannot be run block by block")
             store.write(batch, hidden)
         elif hidden is not state["hidden"]:
             raise _TupleExpected
@@ -186,7 +208,7 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
 
 def _runner(skeleton: Skeleton, visit: Callable[..., Any], read: Read, device: torch.device,
             dtype: torch.dtype) -> nn.Module:
-    """A copy of the model up to its blocks, with recorders for blocks and real weights elsewhere (the head excepted)."""
+    """A copy of the base model with recorders for blocks and real weights elsewhere; the output head is left out."""
     base_path = skeleton.model.base_model_prefix
     blocks_path = skeleton.blocks[0].rpartition(".")[0]
     if not isinstance(base_path, str) or not blocks_path.startswith(base_path + "."):

@@ -101,8 +101,8 @@ def _pieces(source: str, text_tokenizer: Any) -> Iterator[str]:
         raise CalibrationError(f"calibration file {path} does not exist")
     kind = found["kind"].lower()
     if kind == "txt":
-        if found["field"]:
-            raise CalibrationError(f"calibration source '{source}': a .txt file has no fields; leave out ':{found['field']}'")
+        if field := found["field"]:
+            raise CalibrationError(f"calibration source '{source}': a .txt file has no fields; leave out ':{field}'")
         return _text_file(path)
     records = _jsonl(path) if kind == "jsonl" else _parquet(path)
     return _fields(records, found["field"], str(path), text_tokenizer)
@@ -125,7 +125,8 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     number = 0
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if line.strip():
                     yield json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -150,8 +151,8 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 def _dataset(source: str, text_tokenizer: Any) -> Iterator[str]:
     if not DATASET.fullmatch(source):
-        raise CalibrationError(f"calibration source '{source}' is neither 'builtin', nor a .txt, .jsonl or .parquet file, "
-                               "nor a Hub dataset written as NAME[:config[:split[:field]]]")
+        raise CalibrationError(f"calibration source '{source}' is neither 'builtin', nor a .txt, .jsonl or .parquet "
+                               "file, nor a Hub dataset written as NAME[:config[:split[:field]]]")
     name, config, split, field = (source.split(":") + ["", "", ""])[:4]
     try:
         import datasets
@@ -164,8 +165,7 @@ def _dataset(source: str, text_tokenizer: Any) -> Iterator[str]:
         try:
             yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         except (OSError, ValueError, KeyError, RuntimeError, httpx.HTTPError) as error:
-            raise CalibrationError(f"calibration dataset '{source}' cannot be read: {' '.join(str(error).split())[:300]}") \
-                from None
+            raise CalibrationError(f"calibration dataset '{source}' cannot be read: {_short(error)}") from None
 
     return _fields(records(), field or None, source, text_tokenizer)
 
@@ -193,5 +193,9 @@ def _chat(messages: list[Any], where: str, text_tokenizer: Any) -> str:
     try:
         return text_tokenizer.apply_chat_template(messages, tokenize=False)
     except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
-        raise CalibrationError(f"{where}: the chat template of the tokenizer refuses these messages: "
-                               f"{' '.join(str(error).split())[:300]}") from None
+        raise CalibrationError(f"{where}: the tokenizer's chat template refuses these messages: {_short(error)}") \
+            from None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -22,6 +22,9 @@ RENAMES = {
     "minimax": ((".mlp.", ".block_sparse_moe."),),
     "minimax_m2": ((".mlp.", ".block_sparse_moe."),),
     "phimoe": ((".mlp.", ".block_sparse_moe."), (".router.weight", ".gate.weight")),
+    "gpt_neox": (("lm_head.", "embed_out."),),
+    "ernie4_5_moe": ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),),
+    "exaone_moe": ((".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),),
 }
 
 # Tensors that old checkpoints carry and no model reads: rotary frequencies, causal masks.

@@ -170,18 +170,19 @@ def _check_tensors(directory: Path, skeleton: Skeleton, specs: Mapping[str, Tens
     expected = {skeleton.source(name): shape for name, shape in skeleton.parameters.items()}
     missing = [name for name in expected if name not in specs]
     extra = [name for name in specs if name not in expected and name not in skeleton.ignored]
-    fused = [name for name in extra if len(specs[name].shape) == 3 and ".experts." in name]
-    if fused and missing:
+    fused = [name for name in extra if len(specs[name].shape) == 3]
+    if fused and any(name.rpartition(".experts.")[0] for name in missing):
         raise ModelError(f"{directory}: this checkpoint keeps the experts of a layer in one tensor ({fused[0]}); only "
                          "checkpoints with one tensor per expert are supported")
     for problem, names in (("lacks", missing), ("holds tensors without a place in the model:", extra)):
         if names:
-            raise ModelError(f"{directory}: the checkpoint {problem} {_listed(names)}; config.json "
-                             f"({skeleton.model_type}, {len(skeleton.blocks)} blocks) and weights do not belong together")
+            raise ModelError(f"{directory}: the checkpoint {problem} {_listed(names)}; the weights "
+                             f"do not belong to config.json ({skeleton.model_type}, {len(skeleton.blocks)} blocks)")
     for name, shape in expected.items():
         if specs[name].shape != shape:
-            raise ModelError(f"{directory}: {name} has shape {list(specs[name].shape)} in the checkpoint, but config.json "
-                             f"makes it {list(shape)}")
+            found = list(specs[name].shape)
+            raise ModelError(f"{directory}: {name} has shape {found} in the checkpoint, but config.json asks for "
+                             f"{list(shape)}")
 
 
 def _check_vocabulary(directory: Path, skeleton: Skeleton) -> None:

@@ -7,6 +7,7 @@ float32, lower triangle only, mirrored once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,8 @@ class _Watch:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0]
             if name not in self.leaders:
-                self.leaders[name] = next((other for other, known in self._inputs.items() if _same_input(x, known)), name)
+                sharing = (other for other, known in self._inputs.items() if _same_input(x, known))
+                self.leaders[name] = next(sharing, name)
             if self.leaders[name] == name:
                 if len(self.leaders) < len(self._wanted):  # kept alive, so that no other tensor gets its address
                     self._inputs[name] = x
@@ -121,11 +123,11 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
                     watch.start(stop=False)
                     float_store.write(batch, _run(block, float_store.read(batch), args, kwargs, device, dtype))
                     watch.measure = measure
+                if not linears:
+                    continue
                 watch.start(stop=True)
-                try:
+                with contextlib.suppress(_Seen):
                     _run(block, store.read(batch), args, kwargs, device, dtype)
-                except _Seen:
-                    pass
                 floats.clear()
     finally:
         watch.remove()
@@ -141,7 +143,7 @@ def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int
             output = _run(block, store.read(batch), args, kwargs, device, dtype)
             if not torch.isfinite(output.sum(dtype=torch.float32)):
                 raise NumericalError(f"{name}: the output of the block is not finite on calibration samples "
-                                     f"{batch.start}..{batch.stop - 1}; check the source weights, or use --set dtype=float32")
+                                     f"{batch.start}..{batch.stop - 1}; check the weights, or use --set dtype=float32")
             store.write(batch, output)
 
 
@@ -188,6 +190,7 @@ def _add(groups: dict[str, _Group], name: str, x: torch.Tensor, x_float: torch.T
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """total [K, K] += xᵀ x of x [T, K], on and below the diagonal; above it only inside the tiles on the diagonal."""
     columns = x.shape[1]
+    x = x if x.is_cuda else x.float()
     tile = tile_width(columns)
     for start in range(0, columns, tile):
         add_product(total[start:, start:start + tile], x[:, start:], x[:, start:start + tile])
@@ -203,7 +206,7 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 def tile_width(columns: int) -> int:
     """Columns per product: narrow tiles save more of the upper triangle, wide ones keep the matrix units busy."""
-    return max(128, min(512, columns // 4))
+    return max(128, min(512, columns // 12 // 16 * 16))
 
 
 def _finish(groups: dict[str, _Group], leaders: dict[str, str], linears: Sequence[str],
@@ -258,8 +261,8 @@ def _too_few(group: _Group) -> bool:
 def _check_finite(group: _Group) -> None:
     for total in (group.fit, group.held, group.cross, group.held_cross):
         if total is not None and not torch.isfinite(total.diagonal()).all():
-            raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, or "
-                                 "use --set dtype=float32 when they are float16")
+            raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, "
+                                 "or use --set dtype=float32 when they are float16")
 
 
 def _pool(groups: list[_Group]) -> _Group:

@@ -45,8 +45,9 @@ class StreamStore:
                 self._file = tempfile.TemporaryFile(dir=folder, prefix="stream-")  # noqa: SIM115 - lives with the store
                 os.posix_fallocate(self._file.fileno(), 0, samples * self._row)
             except OSError as error:
-                raise StorageError(f"{folder}: no room for {samples * self._row / 1e9:.1f} GB of activations ({error}); "
-                                   "raise memory_budget_gb, lower calibration.samples or free disk space") from None
+                raise StorageError(f"{folder}: no room for {samples * self._row / 1e9:.1f} GB of activations "
+                                   f"({error}); raise memory_budget_gb, lower calibration.samples or free disk space") \
+                    from None
         else:
             self._memory = torch.zeros(self.shape, dtype=dtype)
 
@@ -91,7 +92,7 @@ class StreamStore:
             del self._memory
 
     def save(self, path: Path) -> None:
-        """Write the stream durably as a safetensors file with one tensor `stream`; `path` appears only when complete."""
+        """Write the stream durably as a safetensors file with one tensor; `path` appears only when complete."""
         header = self._header()
         part = path.with_name(path.name + ".part")
         try:
@@ -123,7 +124,8 @@ class StreamStore:
                     file.readinto(_bytes(tensor))
                     self.write(slice(sample, sample + 1), tensor)
         except OSError as error:
-            raise OutputError(f"{path}: the saved activations cannot be read: {error}; start over with --restart") from None
+            raise OutputError(f"{path}: the saved activations cannot be read ({error}); start over with --restart") \
+                from None
 
     def _header(self) -> bytes:
         entry = {"dtype": NAMES_OF_DTYPES[self.dtype], "shape": list(self.shape),
@@ -133,4 +135,4 @@ class StreamStore:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
