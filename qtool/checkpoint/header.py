@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,16 @@ def parse_header(text: bytes, size: int, where: str) -> Placed:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ is not a map from text to text; {AGAIN}")
     begin = 8 + len(text)
+    placed = check_entries(entries, size - begin, where)
+    return {name: (spec, begin + offset) for name, (spec, offset) in placed.items()}
+
+
+def check_entries(entries: Mapping[str, Any], size: int, where: str) -> Placed:
+    """Tensor name -> its dtype, shape and data_offsets, as decoded from a header whose data takes `size` bytes."""
     found = [(*_entry(name, entry, where), name) for name, entry in entries.items()]
-    _check_contiguous(((start, stop, name) for _, start, stop, name in found), size - begin, where)
+    _check_contiguous(((start, stop, name) for _, start, stop, name in found), size, where)
     found.sort(key=lambda item: item[1:])
-    return {name: (spec, begin + start) for spec, start, _, name in found}
+    return {name: (spec, start) for spec, start, _, name in found}
 
 
 def _entry(name: str, entry: Any, where: str) -> tuple[TensorSpec, int, int]:
