@@ -1,0 +1,126 @@
+"""README.md of an output: the model card. What it was made from, how, how large and how good it is, how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+HUB_ORIGIN = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{7,64})")
+
+
+def text(manifest: Mapping[str, Any], loaders: Sequence[tuple[str, str]]) -> str:
+    """The card as Markdown. Depends on nothing but its arguments; a local path of the source is not told.
+
+    loaders: (program, three lines that load DIR) of the format.
+    """
+    name, base = _base(manifest["source"])
+    recipe, totals = manifest["recipe"], manifest["totals"]
+    title = f"{name}, {_how(manifest)}"
+    parts = [
+        _front_matter(manifest, base), f"# {title}\n",
+        f"Made by qtool {manifest['qtool']} from {_link(name, base)}. "
+        f"`manifest.json` holds the hashes of the source files, the whole recipe and the error of every layer.\n",
+        _sizes(totals), _errors(manifest["layers"]), _kept(manifest["kept"]), _loading(loaders),
+    ]
+    if recipe is not None:
+        parts.append("## Recipe\n\n```yaml\n" + yaml.safe_dump(_plain(recipe), sort_keys=False).strip() + "\n```\n")
+    parts.append(_calibration(manifest["calibration"]))
+    return "\n".join(part for part in parts if part)
+
+
+def _base(source: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(name, Hub id or None)"""
+    found = HUB_ORIGIN.fullmatch(str(source.get("origin", "")))
+    return str(source.get("name") or "model"), found["repository"] if found else None
+
+
+def _link(name: str, base: str | None) -> str:
+    return f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`"
+
+
+def _how(manifest: Mapping[str, Any]) -> str:
+    labels = list(dict.fromkeys(_label(layer["scheme"]) for layer in manifest["layers"]))
+    recipe = manifest["recipe"]
+    steps = "+".join(next(iter(step)) for step in recipe["steps"]) if recipe else ""
+    return " ".join(word for word in (steps, "/".join(labels), f"({manifest['format']})") if word)
+
+
+def _label(scheme: Mapping[str, Any]) -> str:
+    group = "per channel" if scheme["group_size"] == -1 else f"g{scheme['group_size']}"
+    return f"{'int' if scheme['symmetric'] else 'uint'}{scheme['bits']} {group}"
+
+
+def _front_matter(manifest: Mapping[str, Any], base: str | None) -> str:
+    lines = ["---"]
+    if base:
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
+    tags = ["qtool", *(["quantized", manifest["format"]] if manifest["layers"] else [])]
+    return "\n".join([*lines, "library_name: transformers", "tags:", *(f"- {json.dumps(tag)}" for tag in tags),
+                      "---", ""])
+
+
+def _sizes(totals: Mapping[str, Any]) -> str:
+    before, after = totals["source_bytes"], totals["weight_bytes"]
+    rows = [("parameters", f"{totals['parameters']:,}"), ("weights before", f"{before / 1e6:,.1f} MB"),
+            ("weights now", f"{after / 1e6:,.1f} MB ({100 * after / max(before, 1):.1f} %)")]
+    if totals.get("bits_per_weight"):
+        rows.append(("bits per quantized weight, scales included", f"{totals['bits_per_weight']:.3f}"))
+    return "## Size\n\n| | |\n|---|---:|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows)
+
+
+def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
+    """One row per kind of linear: the median and the worst of its relative squared errors over the blocks."""
+    key = "relative_error" if any(layer["relative_error"] is not None for layer in layers) else "weight_error"
+    kinds: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for layer in layers:
+        if layer[key] is not None:
+            kind = re.sub(r"^.*?\.\d+\.", "", re.sub(r"\.experts\.\d+\.", ".experts.*.", layer["name"]), count=1)
+            kinds.setdefault((kind, _label(layer["scheme"])), []).append((layer[key], layer["name"]))
+    if not kinds:
+        return ""
+    what = ("Squared error of a layer's outputs over their energy, on calibration text that was held out"
+            if key == "relative_error" else "Squared error of the weights over their energy; no text was used")
+    rows = []
+    for (kind, scheme), errors in kinds.items():
+        errors.sort()
+        worst, where = errors[-1]
+        rows.append(f"| {kind} | {len(errors)} | {scheme} | {100 * errors[len(errors) // 2][0]:.3g} % | "
+                    f"{100 * worst:.3g} % | {where} |\n")
+    head = "| linear | count | scheme | median | worst | where |\n|---|---:|---|---:|---:|---|\n"
+    return f"## Error\n\n{what}.\n\n{head}{''.join(rows)}"
+
+
+def _kept(kept: Sequence[Mapping[str, str]]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for one in kept:
+        reasons.setdefault(one["reason"], []).append(one["name"])
+    if not reasons:
+        return ""
+    lines = []
+    for reason, names in reasons.items():
+        shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"- {shown}: {reason}\n")
+    return "## Linears that are not quantized\n\n" + "".join(lines)
+
+
+def _loading(loaders: Sequence[tuple[str, str]]) -> str:
+    parts = ["## Loading\n\n`DIR` is this directory, or the Hub id under which it is published.\n"]
+    parts += [f"\n{program}:\n\n```python\n{code}\n```\n" for program, code in loaders]
+    return "".join(parts) if loaders else ""
+
+
+def _calibration(used: Mapping[str, Any] | None) -> str:
+    if not used:
+        return ""
+    return (f"Calibrated on {used['samples']} × {used['sequence_length']} tokens of `{used['source']}` "
+            f"(sha256 of the tokens: `{used['sha256']}`).\n")
+
+
+def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what was said: keys without a value are left out."""
+    return {key: _plain(value) if isinstance(value, Mapping) else value
+            for key, value in recipe.items() if value is not None and value != []}

@@ -1,0 +1,355 @@
+"""The command line: parses, calls, shows. Heavy imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+import qtool
+from qtool import console
+from qtool.errors import InputError, QtoolError, RecipeError, VerificationError
+
+app = typer.Typer(
+    name="qtool", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turns Hugging Face checkpoints into quantized ones, block by block, on machines far smaller than the model.",
+)
+Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
+                                      help="A directory, a .gguf file, or a Hub id org/name or org/name@revision.")]
+Path_ = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
+                                      help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", show_default=False,
+                                          help="Where to write; must not exist yet.")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")]
+RECIPE_OPTIONS, RUN_OPTIONS = "What to make", "How to run"
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM; no Exception, so that nothing on the way mistakes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qtool {qtool.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                help="Print the version.")] = False) -> None: ...
+
+
+@app.command(epilog="Examples:\n\nqtool quantize Qwen/Qwen3-8B --method gptq --bits 4\n\n"
+                    "qtool quantize ./model --recipe gptq-int4 --set calibration.samples=256 --dry-run")
+def quantize(
+    model: Model,
+    method: Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=RECIPE_OPTIONS, show_default="gptq",
+                                               help="The ready recipe of a method: gptq, rtn.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="FILE|NAME", rich_help_panel=RECIPE_OPTIONS, show_default=False,
+                                               help="A recipe file, or the name of a ready recipe.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=RECIPE_OPTIONS, show_default="4",
+                                             help="Bits per code.")] = None,
+    group_size: Annotated[str | None, typer.Option(
+        metavar="N|auto", rich_help_panel=RECIPE_OPTIONS, show_default="128",
+        help="Input columns that share a scale; -1: a whole row; auto: the largest of 128, 64, 32 that fits.")] = None,
+    symmetric: Annotated[bool | None, typer.Option(
+        "--symmetric/--asymmetric", rich_help_panel=RECIPE_OPTIONS, show_default="symmetric",
+        help="Without or with zero points.")] = None,
+    format_: Annotated[str | None, typer.Option(
+        "--format", metavar="NAME", rich_help_panel=RECIPE_OPTIONS, show_default="compressed-tensors",
+        help="How it is stored: compressed-tensors or gptq.")] = None,
+    calibration: Annotated[str | None, typer.Option(
+        metavar="SPEC", rich_help_panel=RECIPE_OPTIONS, show_default="builtin",
+        help="Text to calibrate on: builtin, FILE.txt, FILE.jsonl:field, FILE.parquet:field, a Hub dataset "
+             "NAME:config:split:field.")] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=RECIPE_OPTIONS,
+                                                show_default="128, on a GPU 512",
+                                                help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(metavar="T", rich_help_panel=RECIPE_OPTIONS,
+                                                        show_default="512", help="Tokens of each.")] = None,
+    dtype: Annotated[str | None, typer.Option(
+        metavar="NAME", rich_help_panel=RECIPE_OPTIONS, show_default="auto",
+        help="Type of what stays unquantized: auto, bfloat16, float16, float32.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=RECIPE_OPTIONS, show_default="0",
+                                             help="For methods that draw random numbers.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=RECIPE_OPTIONS,
+                                                   show_default=False,
+                                                   help="Any key of the recipe; repeatable, wins over all else.")] = None,
+    out: Out = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan (sizes, memory, time); write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUT.partial.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL into a new directory.
+
+    The same command goes on where an earlier one stopped.
+    """
+    flags = {"--bits": ("scheme.bits", bits), "--group-size": ("scheme.group_size", _group_size(group_size)),
+             "--symmetric": ("scheme.symmetric", symmetric), "--format": ("format", format_),
+             "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
+             "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
+             "--seed": ("seed", seed)}
+    made = _recipe(method, recipe, flags, set_ or [])
+    with console.working(f"reading {model}", quiet or json):
+        from qtool import pipeline
+        from qtool.plan import make_plan
+
+        checkpoint = _unquantized(model)
+        plan = make_plan(checkpoint, made, out, device)
+    if dry_run:
+        _show(_dry(plan), "plan", json, quiet)
+        return
+    for text in plan.warnings:
+        console.note(f"note: {text}", quiet or json)
+    began = time.monotonic()
+    with console.progress(quiet or json) as progress:
+        result = pipeline.run(checkpoint, plan, progress, restart)
+    seconds = time.monotonic() - began
+    if json:
+        console.show_json({**result, "out": str(plan.out), "seconds": round(seconds, 3)})
+    elif not quiet:
+        from qtool import report
+
+        console.show(report.quantized(result, str(plan.out), seconds))
+
+
+@app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --layers\n\n"
+                    "qtool inspect OUT --layers --json | jq -r '.layers[[]] | select(.sqnr_db < 15) | .name'")
+def inspect(
+    path: Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
+                                               help="A checkpoint: directory, .gguf file or Hub id.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="One line per linear.")] = False,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False,
+                                                help="Measure every layer's error against this original.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check hashes, layout and every tensor; fail if one is wrong.")] = False,
+    system: Annotated[bool, typer.Option("--system", help="What this machine has.")] = False,
+    json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="The layers as CSV on stdout.")] = False,
+) -> None:
+    """Show what is in a checkpoint: schemes, sizes, bits per weight, errors."""
+    if json and csv:
+        raise InputError("--json and --csv exclude each other; choose one")
+    if path is None and not system:
+        raise InputError("give the PATH of a checkpoint, or --system")
+    if path is None and (layers or against or verify or csv):
+        raise InputError("--layers, --against, --verify and --csv need the PATH of a checkpoint")
+    with console.working("reading", json or csv):
+        from qtool import inspect as inspection
+        from qtool import report
+    result: dict[str, Any] = {"schema": inspection.SCHEMA}
+    if system:
+        result["system"] = inspection.system()
+        if not json and not csv:
+            console.show(report.system(result["system"]))
+    rows: list[dict[str, Any]] = []
+    if path is not None:
+        summary, rows = _inspected(path, against, verify, json or csv)
+        result |= summary
+        if layers:
+            result["layers"] = rows
+    if json:
+        console.show_json(result)
+    elif csv:
+        console.show_csv(rows, [key for key in inspection.FIRST if any(key in row for row in rows)])
+    elif path is not None:
+        console.show(report.inspected(result))
+        if layers or against:
+            console.show(report.layers(rows))
+    if result.get("problems"):
+        raise VerificationError(f"{len(result['problems'])} problems:\n" + "\n".join(result["problems"][:20]))
+
+
+@app.command("eval", epilog="Example:\n\nqtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt")
+def evaluate(
+    path: Path_,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False,
+                                                help="The original: adds KL divergence and agreement.")] = None,
+    text: Annotated[str, typer.Option(metavar="FILE|DATASET", help="What to read: builtin, FILE.txt, FILE.jsonl:field, "
+                                                                   "FILE.parquet:field, a Hub dataset.")] = "builtin",
+    windows: Annotated[int, typer.Option(metavar="N", help="How many windows of text.")] = 20,
+    context: Annotated[int, typer.Option(metavar="T", help="Tokens of each window.")] = 1024,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity, and with --against how far the predictions moved."""
+    with console.working(f"reading {path}", json or quiet):
+        from qtool import evaluate as evaluation
+        from qtool.decode import open_model
+
+        source = open_model(path)
+        base = open_model(against) if against else None
+    with console.steps("evaluating", json or quiet) as step:
+        result = evaluation.evaluate(source, base, text, windows, context, device, step)
+    _show(result, "evaluated", json, quiet)
+
+
+@app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
+def export(
+    path: Path_,
+    to: Annotated[str, typer.Option(metavar="FORMAT", show_default=False,
+                                    help="compressed-tensors, gptq, or hf (dense weights).")],
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized checkpoint in another format, with the same codes and scales."""
+    with console.working(f"reading {path}", json or quiet):
+        from qtool import export as exporting
+        from qtool.decode import open_model
+
+        job = exporting.make_export(open_model(path), to, out)
+    with console.steps("exporting", json or quiet) as step:
+        result = exporting.run(job, step)
+    _show(result, "exported", json, quiet)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 2 bad input, 1 failed, 130 and 143 stopped. The only broad except."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    told = "--traceback" in given  # hidden; works anywhere on the line
+    given = [word for word in given if word != "--traceback"]
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode gets ?, not a crash
+    try:
+        with _stoppable():
+            app(given, prog_name="qtool")
+    except Stopped as stop:
+        goes_on = "; finished blocks are kept and the same command goes on from there" if "quantize" in given[:1] else ""
+        console.error(f"stopped by {signal.Signals(stop.number).name}{goes_on}", "stopped")
+        sys.exit(128 + stop.number)
+    except BrokenPipeError:  # `qtool inspect ... | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if told:
+            traceback.print_exc()
+        sys.exit(_explained(error, told))
+
+
+def _explained(error: Exception, told: bool) -> int:
+    """Print the message of a failed command; returns the exit status."""
+    if isinstance(error, QtoolError):
+        console.error(str(error))
+        return error.exit_status
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        console.error("out of memory" + (f": {text[:200]}" if text else "") + "; use fewer --samples, a smaller "
+                      "--set calibration.batch_tokens or --set memory_budget_gb, or --device cpu; what was finished is "
+                      "kept")
+        return 1
+    if isinstance(error, OSError) and error.filename is not None:
+        console.error(f"{error.filename}: {error.strerror}")
+        return 1
+    more = "" if told else "; the same command with --traceback shows where"
+    console.error(f"this is a bug in qtool: {type(error).__name__}: {text[:300]}{more}", "unexpected error")
+    return 1
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM become Stopped, so that files are closed and locks released on the way out."""
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _group_size(given: str | None) -> int | str | None:
+    if given is None or given == "auto":
+        return given
+    try:
+        return int(given)
+    except ValueError:
+        raise RecipeError(f"--group-size {given}: give a number of columns, -1 (a whole row) or auto") from None
+
+
+def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, Any]], settings: list[str]) -> Any:
+    """Method preset or recipe, then the flags, then --set."""
+    from qtool import recipe
+
+    if method and name:
+        raise RecipeError(f"--method {method} and --recipe {name} both say how to quantize; give one of them")
+    made = recipe.load(name) if name else recipe.preset(method or "gptq")
+    for flag, (key, value) in flags.items():
+        if value is not None:
+            made = recipe.override(made, {key: value}, flag)
+    changes = dict(recipe.parse_setting(setting) for setting in settings)
+    return recipe.override(made, changes) if changes else made
+
+
+def _unquantized(model: str) -> Any:
+    from qtool import formats
+    from qtool.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    quantization = formats.quantization_config(checkpoint.config)
+    if quantization:
+        raise InputError(f"{model} is quantized already ({quantization.get('quant_method', 'unknown method')}); start "
+                         "from the original model, or make dense weights of it first with: qtool export "
+                         f"{model} --to hf")
+    return checkpoint
+
+
+def _dry(plan: Any) -> dict[str, Any]:
+    """The plan, and what its output directory would meet."""
+    data = plan.to_json()
+    partial = plan.out.with_name(plan.out.name + ".partial")
+    if plan.out.exists():
+        data["warnings"].append(f"{plan.out} exists: a run would refuse to write there")
+    elif partial.exists():
+        data["warnings"].append(f"{partial} exists: a run would go on with it, or refuse it if it is another run's")
+    return data
+
+
+def _inspected(path: str, against: str | None, verify: bool, quiet: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The summary of a checkpoint, with what --against and --verify add; and its layers."""
+    from qtool import inspect as inspection
+    from qtool.decode import open_model
+
+    with console.working(f"reading {path}", quiet):
+        source = open_model(path)
+        result = inspection.summary(source)
+        rows = inspection.layers(source, inspection.record_of(source))
+    if against:
+        base = open_model(against)
+        with console.steps("comparing", quiet) as step:
+            result["comparison"] = inspection.compare(source, base, rows, step)
+    if verify:
+        with console.steps("verifying", quiet) as step:
+            result["problems"] = inspection.verify(source, rows, step)
+    return result, rows
+
+
+def _show(result: dict[str, Any], how: str, json: bool, quiet: bool) -> None:
+    from qtool import report
+
+    if json:
+        console.show_json(result)
+    elif not quiet:
+        console.show(getattr(report, how)(result))

@@ -1,0 +1,232 @@
+"""Rewrites a quantized checkpoint in another format: the same codes, zero points and scales, in other bytes.
+
+Tensor by tensor. Every linear is read back from what was written, decoded by the other format and compared with the
+source bit for bit; a pair of formats that cannot hold the same numbers is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import qtool
+from qtool import card, found, formats, inspect, manifest
+from qtool.checkpoint.writer import ShardWriter, plan_shards
+from qtool.decode import Source
+from qtool.errors import InputError, VerificationError
+from qtool.models import skeleton
+from qtool.recipe import Scheme
+from qtool.tensors import FLOATING, TensorSpec
+from qtool.workspace import Workspace, refuse_existing, storage_error
+
+DENSE = "hf"
+SHARD_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Export:
+    """What will be written. schemes: of every linear in the target (none for dense weights)."""
+
+    source: Source
+    target: ModuleType
+    out: Path
+    schemes: dict[str, Scheme]
+    skipped: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    record: dict[str, Any] | None
+
+    @property
+    def dense(self) -> bool:
+        return self.target.NAME == DENSE
+
+
+def make_export(source: Source, to: str, out: Path | None = None) -> Export:
+    """Raises InputError (or a class below it) when `to` cannot hold what the source holds, before any work."""
+    target = formats.load(to)
+    _refuse_pointless(source, target)
+    schemes = {} if target.NAME == DENSE else _schemes(source, target)
+    skipped = _skipped(source, schemes) if schemes else ()
+    where = out or Path(f"{source.name}-{target.NAME}")
+    refuse_existing(where)
+    return Export(source, target, where, schemes, skipped, tuple(_outputs(source, target, schemes)),
+                  inspect.record_of(source))
+
+
+def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+    """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
+    identity = {"export": job.target.NAME, "qtool": qtool.__version__,
+                "source": {"name": job.source.name, "files": job.source.hashes()}}
+    with Workspace(job.out, identity) as work, torch.inference_mode():
+        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES))
+        names = list(job.source.specs)
+        for done, name in enumerate(names):
+            step(done, len(names), name)
+            linear = name.removesuffix(".weight")
+            if linear != name and linear in job.schemes:
+                _convert(job, writer, linear)
+            else:
+                _copy(job, writer, name)
+        step(len(names), len(names), "naming and hashing the files")
+        writer.finish()
+        result = _finish(job, work)
+    return {
+        "schema": inspect.SCHEMA, "out": str(job.out), "from": inspect.stored_name(job.source),
+        "format": job.target.NAME, "linears": len(job.schemes or job.source.schemes), "lossless": not job.dense,
+        "checked": _checked(job), "source_bytes": inspect.stored_bytes(job.source),
+        "weight_bytes": result["totals"]["weight_bytes"], "notes": _notes(job), "outputs": result["outputs"],
+    }
+
+
+def _refuse_pointless(source: Source, target: ModuleType) -> None:
+    if source.format is not None and source.format.NAME == target.NAME:
+        raise InputError(f"{source.origin} is stored as {target.NAME} already; there is nothing to export")
+    if source.format is None and target.NAME != DENSE:
+        raise InputError(f"{source.origin} is not quantized, so it has no codes to store as {target.NAME}; use: "
+                         f"qtool quantize {source.origin} --format {target.NAME}")
+    if source.format is None and source.kind != "gguf":
+        raise InputError(f"{source.origin} holds plain weights already; there is nothing to export")
+
+
+def _schemes(source: Source, target: ModuleType) -> dict[str, Scheme]:
+    """Every linear must fit the target, its scales in the target's dtype without any change."""
+    dtype = target.scale_dtype(source.dtype)
+    for linear, scheme in source.schemes.items():
+        reason = target.check(scheme, linear, source.specs[linear + ".weight"].shape)
+        if reason:
+            raise InputError(f"{reason} (or --to hf, which keeps dense weights)")
+    reason = target.check_together(source.schemes)
+    if reason:
+        raise InputError(reason)
+    inexact = [(linear, value) for linear, value in _inexact(source, dtype) if value is not None]
+    if inexact:
+        linear, value = inexact[0]
+        stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
+        raise InputError(
+            f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
+            f"{target.NAME} for this model, cannot hold exactly (first: {value:.9g} in {linear}), so the export would "
+            f"change the weights; quantize the original with --format {target.NAME}, or use --to hf")
+    return dict(source.schemes)
+
+
+def _inexact(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, float | None]]:
+    """Each linear with its first scale that `dtype` cannot hold, or None. Reads nothing but the scales."""
+    for linear in source.schemes:
+        scale = source.checkpoint.read(_scale_spec(source, linear).name)
+        changed = scale.to(dtype).double() != scale.double()
+        yield linear, float(scale[changed][0]) if bool(changed.any()) else None
+
+
+def _scale_spec(source: Source, linear: str) -> TensorSpec:
+    """The one floating tensor among those of a quantized linear, as the file has it."""
+    assert source.format is not None
+    names = (f"{linear}.{suffix}" for suffix in source.format.SUFFIXES)
+    stored = source.checkpoint.specs
+    return next(stored[name] for name in names if name in stored and stored[name].dtype in FLOATING)
+
+
+def _skipped(source: Source, schemes: dict[str, Scheme]) -> tuple[str, ...]:
+    """The linears of the architecture that are not quantized, by module name; formats must name them."""
+    bones = skeleton.build(source.directory, source.config, source.specs)
+    every = [name for index in range(len(bones.blocks)) for name in bones.block_linears(index)]
+    every += [*([bones.head] if bones.head else []), *bones.routers]
+    return tuple(name for name in every if bones.source(name + ".weight").removesuffix(".weight") not in schemes)
+
+
+def _outputs(source: Source, target: ModuleType, schemes: dict[str, Scheme]) -> Iterator[TensorSpec]:
+    for name, spec in source.specs.items():
+        linear = name.removesuffix(".weight")
+        if linear != name and linear in schemes:
+            yield from target.layout(linear, spec.shape, schemes[linear], source.dtype)
+        else:
+            yield spec
+
+
+def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
+    """The same codes and scales in the target's layout; then what lies in the file against the source."""
+    quantized = job.source.read_quantized(linear)
+    scheme = job.schemes[linear]
+    scale = quantized.scale.to(job.target.scale_dtype(job.source.dtype))
+    for name, tensor in job.target.pack(linear, replace(quantized, scale=scale, symmetric=scheme.symmetric)).items():
+        writer.write(name, tensor)
+    shape = job.source.specs[linear + ".weight"].shape
+    again = job.target.unpack(linear, writer.read_back, scheme, shape)
+    decode: Callable[..., torch.Tensor] = found.load("grids", scheme.grid).decode
+    if not torch.equal(decode(again), decode(quantized)):
+        raise VerificationError(f"{linear}: its values in {writer.folder} differ from those in {job.source.origin}; "
+                                "the disk or the memory of this machine may be faulty")
+
+
+def _copy(job: Export, writer: ShardWriter, name: str) -> None:
+    """A tensor as the dense view has it: decoded if it is quantized, else as stored."""
+    tensor = job.source.read(name)
+    writer.write(name, tensor)
+    if not torch.equal(writer.read_back(name).view(torch.uint8), tensor.contiguous().view(torch.uint8)):
+        raise VerificationError(f"{name}: what was read back from {writer.folder} differs from what was written; the "
+                                "disk or the memory of this machine may be faulty")
+
+
+def _finish(job: Export, work: Workspace) -> dict[str, Any]:
+    """Companions, config, card and manifest; then the directory gets its name."""
+    config = dict(job.source.config)
+    extra: dict[str, Any] = {}
+    if not job.dense:
+        steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
+        config["quantization_config"] = job.target.config(job.schemes, list(job.skipped), steps)
+        extra = job.target.extra_files(config["quantization_config"])
+    try:
+        for path in job.source.companions():
+            shutil.copyfile(path, work.folder / path.name)
+        for name, content in {"config.json": config, **extra}.items():
+            manifest.write_json(work.folder / name, content)
+        scratch = ("journal.jsonl", "lock")
+        hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
+                  if path.name not in scratch}
+        result = {**_record(job), "outputs": hashes}
+        (work.folder / "README.md").write_text(card.text(result, job.target.LOADERS), encoding="utf-8")
+        hashes["README.md"] = manifest.file_hash(work.folder / "README.md")
+        manifest.save(work.folder, result)
+        work.complete()
+    except OSError as error:
+        raise storage_error(error, work.folder) from None
+    return result
+
+
+def _record(job: Export) -> dict[str, Any]:
+    """The source's manifest with the sizes of the new files; of a foreign checkpoint, what its files tell."""
+    source, before = job.source, job.record
+    layers = []
+    known = {layer["stored"]: layer for layer in (before or {}).get("layers", [])}
+    for linear, scheme in source.schemes.items():
+        shape = source.specs[linear + ".weight"].shape
+        specs = job.target.layout(linear, shape, scheme, source.dtype)
+        told = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
+                                  "sqnr_db": None, "tokens": 0})
+        layers.append({**told, "shape": list(shape), "scheme": scheme.model_dump(),
+                       "bytes": sum(spec.nbytes for spec in specs)})
+    parameters = sum(spec.elements for spec in source.specs.values())
+    made = before or {"schema": manifest.SCHEMA, "qtool": qtool.__version__, "recipe": None, "calibration": None,
+                      "versions": {}, "source": {"name": source.name, "origin": source.origin,
+                                                 "files": source.hashes()}}
+    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
+    sizes = manifest.totals(layers, parameters, sum(spec.nbytes for spec in job.outputs),
+                            (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
+    return {**made, "exported_from": {"format": inspect.stored_name(source), "qtool": qtool.__version__,
+                                      "files": source.hashes()},
+            "format": job.target.NAME, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": sizes}
+
+
+def _checked(job: Export) -> str:
+    if job.dense:
+        return (f"every tensor was read back; dense weights are rounded to {inspect.dtype_name(job.source.dtype)}, as the model "
+                "computes")
+    return "lossless: every quantized weight was decoded from both and compared bit for bit"
+
+
+def _notes(job: Export) -> list[str]:
+    return [] if job.dense else [*job.target.notes(job.schemes), *job.target.fused_conflicts(job.schemes)]

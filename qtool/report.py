@@ -1,0 +1,240 @@
+"""What results look like: plain data in, rich tables out. Nothing here prints or computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units: 92.4 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def span(seconds: float) -> str:
+    """Seconds for people: 42 s, 2 min 05 s, 1 h 02 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def percent(share: float | None) -> str:
+    """0.0123 as 1.23 %; a dash where there is no figure."""
+    return "-" if share is None else f"{100 * share:.3g} %"
+
+
+def millions(count: float) -> str:
+    """135 M, 8.19 B (billions), as models are called."""
+    for unit, scale in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}" if count < 999.5 * scale else f"{count / scale:.0f}{unit}"
+    return f"{count:.0f}"
+
+
+def label(scheme: Mapping[str, Any]) -> str:
+    """int4-g64, uint4-channel, ... of a scheme as a manifest has it."""
+    group = {-1: "channel", "auto": "gauto"}.get(scheme["group_size"], f"g{scheme['group_size']}")
+    grid = scheme.get("grid", "affine")
+    kind = ("int" if scheme["symmetric"] else "uint") if grid == "affine" else f"{grid}-"
+    return f"{kind}{scheme['bits']}-{group}"
+
+
+def facts(title: str, rows: Iterable[tuple[str, str | Text]]) -> RenderableType:
+    """A title over aligned pairs."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, value in rows:
+        grid.add_row("  " + key, value)
+    return Group(Text(title, style="bold"), grid)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int = 1) -> Table:
+    """A table whose first `left` columns are words and whose others are figures."""
+    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right", no_wrap=index > 0,
+                        overflow="ellipsis" if index else "fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def plan(data: Mapping[str, Any]) -> RenderableType:
+    """A plan (Plan.to_json), as --dry-run shows it."""
+    rows: list[tuple[str, str | Text]] = [("from", data["source"]), ("to", data["out"])]
+    recipe = data["recipe"]
+    method = " + ".join(next(iter(step)) for step in recipe["steps"])
+    if data["samples"]:
+        length = recipe["calibration"]["sequence_length"]
+        method += f", calibrated on {data['samples']} × {length} tokens of {recipe['calibration']['source']}"
+    rows.append(("method", method))
+    rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
+    rows += [("kept" if not index else "", line) for index, line in enumerate(_kept(data["kept"]))]
+    rows.append(("size", f"{size(data['source_bytes'])} → {size(data['weight_bytes'])} "
+                         f"({percent(data['weight_bytes'] / max(data['source_bytes'], 1))}), "
+                         f"{data['bits_per_weight']:.4g} bits per quantized weight"))
+    rows.append(("memory", f"{size(data['peak_memory'])} at most"))
+    rows.append(("disk", size(data["disk_bytes"])))
+    rows.append(("device", f"{data['device']}, computing in {data['compute_dtype']}"))
+    if data["seconds"] is not None:
+        rows.append(("time", f"about {span(data['seconds'])}"))
+    rows += [("note", Text(text, style="yellow")) for text in data["warnings"]]
+    return facts("Plan", rows)
+
+
+def _schemes(linears: Sequence[Mapping[str, Any]]) -> list[str]:
+    found: dict[str, list[int]] = {}
+    for one in linears:
+        found.setdefault(label(one["scheme"]), []).append(one["shape"][0] * one["shape"][1])
+    blocks = len({one["block"] for one in linears})
+    return [f"{len(weights)} linears to {name}, {millions(sum(weights))} weights"
+            + (f", in {blocks} blocks" if len(found) == 1 else "") for name, weights in found.items()]
+
+
+def _kept(kept: Sequence[Mapping[str, str]]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for one in kept:
+        reasons.setdefault(one["reason"], []).append(one["name"])
+    return [f"{_some(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    shown = ", ".join(patterns[:3]) + (", ..." if len(patterns) > 3 else "")
+    return shown if len(names) == len(patterns) else f"{shown} ({len(names)} linears)"
+
+
+def quantized(manifest: Mapping[str, Any], out: str, seconds: float) -> RenderableType:
+    """The end of a run."""
+    totals = manifest["totals"]
+    rows: list[tuple[str, str | Text]] = [
+        ("to", Text(out, style="bold green")),
+        ("size", f"{size(totals['source_bytes'])} → {size(totals['weight_bytes'])} "
+                 f"({percent(totals['weight_bytes'] / max(totals['source_bytes'], 1))}), "
+                 f"{totals['bits_per_weight']:.4g} bits per quantized weight"),
+    ]
+    kind, errors = errors_of(manifest["layers"])
+    if errors:
+        (worst, name), middle = errors[-1], errors[len(errors) // 2][0]
+        rows.append(("error", f"median {percent(middle)} of the {kind}, worst {percent(worst)} in {name}"))
+    for key, text in (("repaired", "whose Hessian was repaired"), ("pooled", "with too few tokens of their own")):
+        names = [layer["name"] for layer in manifest["layers"] if layer.get(key)]
+        if names:
+            rows.append(("note", Text(f"{len(names)} linears {text}: {', '.join(names[:3])}"
+                                      f"{' ...' if len(names) > 3 else ''}", style="yellow")))
+    rows.append(("time", span(seconds)))
+    return facts(f"Quantized {len(manifest['layers'])} linears", rows)
+
+
+def errors_of(layers: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, str]]]:
+    """Which error the layers have ('outputs' or 'weights') and the sorted (error, name)."""
+    for key, kind in (("relative_error", "outputs' energy"), ("weight_error", "weights' energy")):
+        errors = sorted((layer[key], layer["name"]) for layer in layers if layer.get(key) is not None)
+        if errors:
+            return kind, errors
+    return "", []
+
+
+def inspected(data: Mapping[str, Any]) -> RenderableType:
+    """The summary of a checkpoint (inspect.summary)."""
+    rows: list[tuple[str, str | Text]] = [
+        ("architecture", f"{data['architecture']}, {millions(data['parameters'])} parameters, {data['dtype']}"),
+        ("stored as", f"{data['format'] or 'plain weights'}, {size(data['weight_bytes'])}, "
+                      f"{data['bits_per_parameter']:.4g} bits per parameter"),
+    ]
+    made = data["made_by"]
+    if made:
+        rows.append(("made by", f"qtool {made['qtool']} from {made['source']}, {made['method']}"
+                                + (f", {made['tokens']} tokens of {made['calibration']}" if made["tokens"] else "")))
+    parts: list[RenderableType] = [facts(data["path"], rows)]
+    columns = ("scheme", "linears", "weights", "size", "bits/weight")
+    if data["schemes"]:
+        parts.append(table(columns, [
+            (one["scheme"], str(one["linears"]), millions(one["weights"]), size(one["bytes"]),
+             f"{one['bits_per_weight']:.4g}") for one in data["schemes"]]))
+    if data["not_quantized"]:
+        title = "not quantized" if data["schemes"] else "tensors"
+        parts.append(table((title, "why", "tensors", "size", "type"), [
+            (one["name"], one["reason"], str(one["tensors"]), size(one["bytes"]), one["dtype"])
+            for one in data["not_quantized"]], left=2))
+    if data["error"]:
+        error = data["error"]
+        parts.append(Text(f"error: median {percent(error['median'])} of the {error['of']}, "
+                          f"worst {percent(error['worst'])} in {error['worst_name']}"))
+    for text in data.get("differences", ()):
+        parts.append(Text(text, style="yellow"))
+    return Group(*parts)
+
+
+def layers(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One line per linear; columns without any figure are left out."""
+    columns: list[tuple[str, Any]] = [
+        ("linear", lambda row: row["name"]), ("scheme", lambda row: row["scheme_label"]),
+        ("shape", lambda row: " × ".join(map(str, row["shape"]))), ("size", lambda row: size(row["bytes"])),
+        ("bits", lambda row: f"{row['bits_per_weight']:.4g}"),
+    ]
+    for title, key, show in (("output error", "relative_error", percent), ("weight error", "weight_error", percent),
+                             ("SQNR dB", "sqnr_db", lambda value: "-" if value is None else f"{value:.1f}"),
+                             ("tokens", "tokens", lambda value: str(value or "-"))):
+        if any(row.get(key) for row in rows):
+            columns.append((title, lambda row, key=key, show=show: show(row.get(key))))
+    return table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows], left=2)
+
+
+def system(data: Mapping[str, Any]) -> RenderableType:
+    """The machine (inspect.system)."""
+    devices = ", ".join(f"{one['name']} ({size(one['memory'])})" for one in data["devices"]) or "none"
+    return facts(f"qtool {data['qtool']}", [
+        ("python", f"{data['python']} on {data['platform']}"),
+        ("torch", f"{data['torch']}, {data['threads']} threads"),
+        ("transformers", data["transformers"]),
+        ("kernels", data["ops"]),
+        ("cpu", f"{data['cores']} cores, {data['cpu']}"),
+        ("memory", f"{size(data['memory_free'])} free of {size(data['memory'])}"),
+        ("gpu", devices),
+    ])
+
+
+def evaluated(data: Mapping[str, Any]) -> RenderableType:
+    """Perplexity and, with a reference, KL divergence and agreement (evaluate.evaluate)."""
+    text, model, against = data["text"], data["model"], data["against"]
+    title = (f"{text['windows']} windows × {text['context']} tokens of {text['source']}, "
+             f"computed in {data['compute_dtype']} on {data['device']}")
+    columns = ["", "perplexity", "±", "size", "bits/weight"]
+    rows = [[one["name"], f"{one['perplexity']:.4f}", f"{one['perplexity_error']:.2f}", size(one["weight_bytes"]),
+             f"{one['bits_per_weight']:.4g}"] for one in (against, model) if one]
+    parts: list[RenderableType] = [Text(title, style="bold"), table(columns, rows)]
+    if against:
+        kl, excess = data["kl"], data["excess"]
+        figures = table(("against the reference", "", "±"), [
+            ("ln(perplexity ratio)", f"{excess['mean']:.4f}", f"{excess['error']:.4f}"),
+            ("KL divergence, mean", f"{kl['mean']:.4f}", f"{kl['error']:.4f}"),
+            ("KL divergence, median", f"{kl['median']:.4f}", ""),
+            ("KL divergence, 99 %", f"{kl['p99']:.4f}", ""),
+            ("same most likely token", percent(data["top1_agreement"]), ""),
+            ("size", percent(model["weight_bytes"] / max(against["weight_bytes"], 1)), ""),
+        ])
+        parts.append(figures)
+    return Group(*parts)
+
+
+def exported(data: Mapping[str, Any]) -> RenderableType:
+    """The end of an export."""
+    rows: list[tuple[str, str | Text]] = [
+        ("to", Text(data["out"], style="bold green")),
+        ("size", f"{size(data['source_bytes'])} → {size(data['weight_bytes'])}"),
+        ("checked", data["checked"]),
+    ]
+    rows += [("note", Text(text, style="yellow")) for text in data["notes"]]
+    return facts(f"Exported {data['linears']} linears from {data['from']} to {data['format']}", rows)
