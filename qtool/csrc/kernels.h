@@ -1,0 +1,54 @@
+// CPU kernels: pointers and integers only, no torch. Every function works on rows [begin, end) of row-major
+// matrices, so that a caller can split rows over threads; no row looks at another.
+//
+// One source (kernels.inc) is compiled for three instruction sets. Rows are handled one per vector lane; sums run over
+// columns in order, without fused multiply-add. So all three give the same bits.
+#pragma once
+
+#include <cstdint>
+
+enum ScaleType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+struct FitOptions {
+  int64_t columns, group, bits;
+  bool symmetric, signed_scale;
+  int64_t scale_type, steps, rounds;
+  float shrink_min;
+};
+
+struct Kernels {
+  const char* name;
+  void (*fit_affine)(const float* weight, const float* importance, const FitOptions& options, float* scale,
+                     uint8_t* zero, int64_t begin, int64_t end);
+  void (*round_affine)(const float* weight, const float* scale, const uint8_t* zero, int64_t columns, int64_t group,
+                       int64_t bits, uint8_t* codes, int64_t begin, int64_t end);
+  void (*dequantize_affine)(const uint8_t* codes, const float* scale, const uint8_t* zero, int64_t columns,
+                            int64_t group, float* values, int64_t begin, int64_t end);
+  // weight, shift, codes, residual: [rows, columns]; factor [columns, columns]; scale, zero [rows, groups]
+  void (*solve_columns)(const float* weight, const float* shift, const float* factor, const float* scale,
+                        const uint8_t* zero, const int32_t* group_index, int64_t columns, int64_t groups, int64_t bits,
+                        uint8_t* codes, float* residual, int64_t begin, int64_t end);
+  void (*refine_columns)(const float* gradient, const float* hessian, const uint8_t* old_codes, const float* scale,
+                         const uint8_t* zero, const int32_t* group_index, int64_t columns, int64_t groups,
+                         int64_t bits, uint8_t* codes, float* delta, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kMaxColumns = 256;  // of solve_columns and refine_columns: their working tile is on the stack
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The kernels for this machine; force ("portable", "avx2", "avx512") is for tests. Null if it cannot run here.
+const Kernels* choose_kernels(const char* force);
+
+// Bit streams, little end first (formats: compressed-tensors rows, GPTQ columns). Rows of words: ceil(count*bits/32).
+void pack_rows(const uint8_t* codes, int64_t count, int64_t bits, uint32_t* words, int64_t begin, int64_t end);
+void unpack_rows(const uint32_t* words, int64_t count, int64_t bits, uint8_t* codes, int64_t begin, int64_t end);
+// Along the first dimension: codes [count, width], words [ceil(count*bits/32), width]; columns [begin, end) of width.
+void pack_columns(const uint8_t* codes, int64_t count, int64_t width, int64_t bits, uint32_t* words, int64_t begin,
+                  int64_t end);
+void unpack_columns(const uint32_t* words, int64_t count, int64_t width, int64_t bits, uint8_t* codes, int64_t begin,
+                    int64_t end);

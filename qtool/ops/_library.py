@@ -1,0 +1,88 @@
+"""The ops' schemas, their shape functions, and the kernels that were compiled for them.
+
+Each op has one schema, a pure-torch default that runs everywhere (reference.py), and, where compiled, a CPU and a CUDA
+kernel that PyTorch's dispatcher chooses by the device of the tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from qtool.ops import reference
+
+SCHEMAS = {
+    "fit_affine": "(Tensor weight, Tensor importance, int group, int bits, bool symmetric, int scale_type, int steps, "
+                  "float shrink_min, bool signed_scale, int rounds) -> (Tensor, Tensor)",
+    "round_affine": "(Tensor weight, Tensor scale, Tensor zero, int group, int bits) -> Tensor",
+    "dequantize_affine": "(Tensor codes, Tensor scale, Tensor zero, int group) -> Tensor",
+    "solve_columns": "(Tensor weight, Tensor shift, Tensor factor, Tensor scale, Tensor zero, Tensor group_index, "
+                     "int bits) -> (Tensor, Tensor)",
+    "refine_columns": "(Tensor gradient, Tensor hessian, Tensor old_codes, Tensor scale, Tensor zero, "
+                      "Tensor group_index, int bits) -> (Tensor, Tensor)",
+    "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
+    "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
+}
+
+
+def words(count: int, bits: int) -> int:
+    """32-bit words that hold `count` codes."""
+    return (count * bits + 31) // 32
+
+
+def _fake_fit(weight, importance, group, *_):  # type: ignore[no-untyped-def]
+    shape = (weight.shape[0], weight.shape[1] // group)
+    return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.uint8)
+
+
+def _fake_codes(weight, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight, dtype=torch.uint8)
+
+
+def _fake_values(codes, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def _fake_pair(weight, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+
+
+def _fake_pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
+    rows, columns = codes.shape
+    shape = (words(rows, bits), columns) if transposed else (rows, words(columns, bits))
+    return codes.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-def]
+    shape = (count, packed.shape[1]) if transposed else (packed.shape[0], count)
+    return packed.new_empty(shape, dtype=torch.uint8)
+
+
+FAKES = {"fit_affine": _fake_fit, "round_affine": _fake_codes, "dequantize_affine": _fake_values,
+         "solve_columns": _fake_pair, "refine_columns": _fake_pair, "pack_bits": _fake_pack,
+         "unpack_bits": _fake_unpack}
+
+LIBRARY = torch.library.Library("qtool", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qtool::{_name}", FAKES[_name], lib=LIBRARY)
+
+
+def _load() -> ctypes.CDLL | None:
+    """The compiled kernels beside this package, or None where they were not built or need another PyTorch."""
+    for path in sorted(Path(__file__).parent.parent.glob("_native*.so")):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError:
+            return None
+        native = ctypes.CDLL(str(path))
+        native.qtool_instruction_set.restype = ctypes.c_char_p
+        native.qtool_force_instruction_set.argtypes = [ctypes.c_char_p]
+        return native
+    return None
+
+
+NATIVE = _load()
