@@ -25,16 +25,64 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turns Hugging Face checkpoints into quantized ones, block by block, on machines far smaller than the model.",
 )
+RECIPE_OPTIONS = "What to make"
+
+
+def _option(text: str, *names: str, metavar: str = " ", panel: str | None = None) -> Any:
+    """An option whose default is told in its help; a blank metavar keeps <bool> away from flags."""
+    return typer.Option(*names, metavar=metavar, help=text, show_default=False, rich_help_panel=panel)
+
+
+def _recipe_option(text: str, *names: str, metavar: str = " ") -> Any:
+    return _option(text, *names, metavar=metavar, panel=RECIPE_OPTIONS)
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
                                       help="A directory, a .gguf file, or a Hub id org/name or org/name@revision.")]
-Path_ = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
-                                      help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", show_default=False,
-                                          help="Where to write; must not exist yet.")]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")]
-RECIPE_OPTIONS, RUN_OPTIONS = "What to make", "How to run"
+Checkpoint = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
+                                           help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
+MaybeCheckpoint = Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
+                                                       help="A checkpoint: directory, .gguf file or Hub id.")]
+Json = Annotated[bool, _option("Print one JSON document on stdout and nothing else.", "--json")]
+Quiet = Annotated[bool, _option("Print nothing but errors.", "--quiet", "-q")]
+Out = Annotated[Path | None, _option("Where to write; must not exist yet (./MODEL-METHOD-SCHEME).", "--out", "-o",
+                                     metavar="DIR")]
+ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (./PATH-FORMAT).", "--out", "-o",
+                                           metavar="DIR")]
+Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (auto).", metavar="NAME")]
+DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
+Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
+Method = Annotated[str | None, _recipe_option("The ready recipe of a method: gptq or rtn (gptq).", metavar="NAME")]
+RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
+Bits = Annotated[int | None, _recipe_option("Bits of a code: 2, 3, 4 or 8 (4).", metavar="N")]
+GroupSize = Annotated[str | None, _recipe_option(
+    "Input columns that share a scale (128); -1: a whole row; auto: the largest of 128, 64, 32 that fits every layer.",
+    metavar="N|auto")]
+Symmetric = Annotated[bool, _recipe_option("No zero points (the default).", "--symmetric")]
+Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")]
+Format = Annotated[str | None, _recipe_option("compressed-tensors or gptq (compressed-tensors).", "--format",
+                                              metavar="NAME")]
+Text = Annotated[str | None, _recipe_option(
+    "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
+    "NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="SPEC")]
+Samples = Annotated[int | None, _recipe_option("Calibration sequences (128; on a GPU 512).", metavar="N")]
+Length = Annotated[int | None, _recipe_option("Tokens of each (512).", metavar="T")]
+Dtype = Annotated[str | None, _recipe_option("Of what stays unquantized: bfloat16, float16, float32 (as it is).",
+                                             metavar="NAME")]
+Seed = Annotated[int | None, _recipe_option("For methods that draw random numbers (0).", metavar="N")]
+Settings = Annotated[list[str] | None, _recipe_option("Any key of the recipe; may be repeated; wins over the rest.",
+                                                      "--set", metavar="KEY=VALUE")]
+Layers = Annotated[bool, _option("One line per linear.", "--layers")]
+Original = Annotated[str | None, _option("Measure every layer's error against this original.", metavar="MODEL")]
+Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]
+System = Annotated[bool, _option("What this machine has.", "--system")]
+Csv = Annotated[bool, _option("The layers as CSV on stdout.", "--csv")]
+Reference = Annotated[str | None, _option("The original: adds KL divergence and agreement.", metavar="MODEL")]
+Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub "
+                                "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
+Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
+Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
+Target = Annotated[str, _option("compressed-tensors, gptq, or hf (dense weights).", metavar="FORMAT")]
 
 
 class Stopped(BaseException):
@@ -51,59 +99,25 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, metavar=" ",
                                                 help="Print the version.")] = False) -> None: ...
 
 
 @app.command(epilog="Examples:\n\nqtool quantize Qwen/Qwen3-8B --method gptq --bits 4\n\n"
                     "qtool quantize ./model --recipe gptq-int4 --set calibration.samples=256 --dry-run")
 def quantize(
-    model: Model,
-    method: Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=RECIPE_OPTIONS, show_default="gptq",
-                                               help="The ready recipe of a method: gptq, rtn.")] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="FILE|NAME", rich_help_panel=RECIPE_OPTIONS, show_default=False,
-                                               help="A recipe file, or the name of a ready recipe.")] = None,
-    bits: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=RECIPE_OPTIONS, show_default="4",
-                                             help="Bits per code.")] = None,
-    group_size: Annotated[str | None, typer.Option(
-        metavar="N|auto", rich_help_panel=RECIPE_OPTIONS, show_default="128",
-        help="Input columns that share a scale; -1: a whole row; auto: the largest of 128, 64, 32 that fits.")] = None,
-    symmetric: Annotated[bool | None, typer.Option(
-        "--symmetric/--asymmetric", rich_help_panel=RECIPE_OPTIONS, show_default="symmetric",
-        help="Without or with zero points.")] = None,
-    format_: Annotated[str | None, typer.Option(
-        "--format", metavar="NAME", rich_help_panel=RECIPE_OPTIONS, show_default="compressed-tensors",
-        help="How it is stored: compressed-tensors or gptq.")] = None,
-    calibration: Annotated[str | None, typer.Option(
-        metavar="SPEC", rich_help_panel=RECIPE_OPTIONS, show_default="builtin",
-        help="Text to calibrate on: builtin, FILE.txt, FILE.jsonl:field, FILE.parquet:field, a Hub dataset "
-             "NAME:config:split:field.")] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=RECIPE_OPTIONS,
-                                                show_default="128, on a GPU 512",
-                                                help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(metavar="T", rich_help_panel=RECIPE_OPTIONS,
-                                                        show_default="512", help="Tokens of each.")] = None,
-    dtype: Annotated[str | None, typer.Option(
-        metavar="NAME", rich_help_panel=RECIPE_OPTIONS, show_default="auto",
-        help="Type of what stays unquantized: auto, bfloat16, float16, float32.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", rich_help_panel=RECIPE_OPTIONS, show_default="0",
-                                             help="For methods that draw random numbers.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=RECIPE_OPTIONS,
-                                                   show_default=False,
-                                                   help="Any key of the recipe; repeatable, wins over all else.")] = None,
-    out: Out = None,
-    device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan (sizes, memory, time); write nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUT.partial.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    model: Model, method: Method = None, recipe: RecipeName = None, bits: Bits = None, group_size: GroupSize = None,
+    symmetric: Symmetric = False, asymmetric: Asymmetric = False, format_: Format = None, calibration: Text = None,
+    samples: Samples = None, sequence_length: Length = None, dtype: Dtype = None, seed: Seed = None,
+    set_: Settings = None, out: Out = None, device: Device = "auto", dry_run: DryRun = False,
+    restart: Restart = False, json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
 
     The same command goes on where an earlier one stopped.
     """
     flags = {"--bits": ("scheme.bits", bits), "--group-size": ("scheme.group_size", _group_size(group_size)),
-             "--symmetric": ("scheme.symmetric", symmetric), "--format": ("format", format_),
+             "--symmetric": ("scheme.symmetric", _symmetric(symmetric, asymmetric)), "--format": ("format", format_),
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
              "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
              "--seed": ("seed", seed)}
@@ -132,17 +146,10 @@ def quantize(
 
 
 @app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --layers\n\n"
-                    "qtool inspect OUT --layers --json | jq -r '.layers[[]] | select(.sqnr_db < 15) | .name'")
+                    "qtool inspect OUT --layers --json | jq -r '.layers[] | select(.sqnr_db < 15) | .name'")
 def inspect(
-    path: Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
-                                               help="A checkpoint: directory, .gguf file or Hub id.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="One line per linear.")] = False,
-    against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False,
-                                                help="Measure every layer's error against this original.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check hashes, layout and every tensor; fail if one is wrong.")] = False,
-    system: Annotated[bool, typer.Option("--system", help="What this machine has.")] = False,
-    json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="The layers as CSV on stdout.")] = False,
+    path: MaybeCheckpoint = None, layers: Layers = False, against: Original = None, verify: Verify = False,
+    system: System = False, json: Json = False, csv: Csv = False,
 ) -> None:
     """Show what is in a checkpoint: schemes, sizes, bits per weight, errors."""
     if json and csv:
@@ -177,18 +184,11 @@ def inspect(
         raise VerificationError(f"{len(result['problems'])} problems:\n" + "\n".join(result["problems"][:20]))
 
 
-@app.command("eval", epilog="Example:\n\nqtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt")
+@app.command("eval", epilog="Example:\n\n"
+                            "qtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt")
 def evaluate(
-    path: Path_,
-    against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False,
-                                                help="The original: adds KL divergence and agreement.")] = None,
-    text: Annotated[str, typer.Option(metavar="FILE|DATASET", help="What to read: builtin, FILE.txt, FILE.jsonl:field, "
-                                                                   "FILE.parquet:field, a Hub dataset.")] = "builtin",
-    windows: Annotated[int, typer.Option(metavar="N", help="How many windows of text.")] = 20,
-    context: Annotated[int, typer.Option(metavar="T", help="Tokens of each window.")] = 1024,
-    device: Device = "auto",
-    json: Json = False,
-    quiet: Quiet = False,
+    path: Checkpoint, against: Reference = None, text: Corpus = "builtin", windows: Windows = 20,
+    context: Context = 1024, device: Device = "auto", json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, and with --against how far the predictions moved."""
     with console.working(f"reading {path}", json or quiet):
@@ -203,14 +203,7 @@ def evaluate(
 
 
 @app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(
-    path: Path_,
-    to: Annotated[str, typer.Option(metavar="FORMAT", show_default=False,
-                                    help="compressed-tensors, gptq, or hf (dense weights).")],
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = False, quiet: Quiet = False) -> None:
     """Write a quantized checkpoint in another format, with the same codes and scales."""
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
@@ -235,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _stoppable():
             app(given, prog_name="qtool")
     except Stopped as stop:
-        goes_on = "; finished blocks are kept and the same command goes on from there" if "quantize" in given[:1] else ""
+        goes_on = "; finished blocks are kept, the same command goes on from there" if given[:1] == ["quantize"] else ""
         console.error(f"stopped by {signal.Signals(stop.number).name}{goes_on}", "stopped")
         sys.exit(128 + stop.number)
     except BrokenPipeError:  # `qtool inspect ... | head`: whoever read has read enough
@@ -289,6 +282,12 @@ def _group_size(given: str | None) -> int | str | None:
         raise RecipeError(f"--group-size {given}: give a number of columns, -1 (a whole row) or auto") from None
 
 
+def _symmetric(symmetric: bool, asymmetric: bool) -> bool | None:
+    if symmetric and asymmetric:
+        raise RecipeError("--symmetric and --asymmetric exclude each other; give one of them, or neither")
+    return True if symmetric else False if asymmetric else None
+
+
 def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, Any]], settings: list[str]) -> Any:
     """Method preset or recipe, then the flags, then --set."""
     from qtool import recipe
@@ -327,7 +326,8 @@ def _dry(plan: Any) -> dict[str, Any]:
     return data
 
 
-def _inspected(path: str, against: str | None, verify: bool, quiet: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _inspected(path: str, against: str | None, verify: bool,
+               quiet: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary of a checkpoint, with what --against and --verify add; and its layers."""
     from qtool import inspect as inspection
     from qtool.decode import open_model

@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from qtool import report
+from qtool.units import clock, percent, size, span
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PIPE_WIDTH = 240  # columns of a table that goes to no terminal; a narrow one stays narrow
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
@@ -88,29 +90,29 @@ def steps(title: str, quiet: bool = False) -> Iterator[Step]:
         yield lambda done, total, text: None
         return
     with _bar(target) as bar:
-        task = bar.add_task(title, total=None, now="", began=time.monotonic(), start=0.0)
+        task = bar.add_task(title, total=None, now="", left="")
+        began = time.monotonic()
 
         def step(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, now=text)
+            bar.update(task, completed=done, total=total, now=text, left=_left(began, done, total))
 
         yield step
 
 
-class _Left(ProgressColumn):
+def _left(began: float, done: float, total: float, at_start: float = 0) -> str:
     """Time that is left if the rest goes as fast as what this process has done."""
-
-    def render(self, task: Task) -> Text:
-        done = task.completed - task.fields["start"]
-        if not task.total or done <= 0:
-            return Text("")
-        passed = time.monotonic() - task.fields["began"]
-        left = passed / done * (task.total - task.completed)
-        return Text(f"{report.span(max(left, 0))} left", style="cyan")
+    if done <= at_start:
+        return ""
+    seconds = (time.monotonic() - began) / (done - at_start) * (total - done)
+    return f"{clock(max(seconds, 0))} left"
 
 
 def _bar(target: Console) -> Progress:
-    return Progress(TextColumn("{task.description}", style="bold"), BarColumn(16), TimeElapsedColumn(), _Left(),
-                    TextColumn("{task.fields[now]}", markup=False, table_column=None), console=target, transient=True,
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # 20 ms that --help need not wait for
+
+    return Progress(TextColumn("{task.description}", style="bold"), BarColumn(min(max(target.width - 66, 8), 30)), TimeElapsedColumn(),
+                    TextColumn("{task.fields[left]}", style="cyan", markup=False),
+                    TextColumn("{task.fields[now]}", markup=False), console=target, transient=True,
                     refresh_per_second=4)
 
 
@@ -123,7 +125,7 @@ class Bar:
 
     def __enter__(self) -> Bar:
         self.bar.start()
-        self.task = self.bar.add_task("", total=None, now="", began=time.monotonic(), start=0.0)
+        self.task = self.bar.add_task("starting", total=None, now="", left="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
@@ -131,11 +133,10 @@ class Bar:
         self.bar.stop()
 
     def start(self, blocks: int, done: int) -> None:
-        self.blocks, self.index = blocks, done
+        self.blocks, self.index, self.first, self.began = blocks, done, done, time.monotonic()
         if done:
             self.bar.console.print(_continuing(blocks, done), style="yellow")
-        self.bar.update(self.task, total=blocks, completed=done, start=float(done), began=time.monotonic(),
-                        description=self._title())
+        self.bar.update(self.task, total=blocks, completed=done, description=self._title())
 
     def message(self, text: str) -> None:
         self.bar.update(self.task, now=text)
@@ -144,20 +145,21 @@ class Bar:
         from qtool.estimate import resident  # torch is there by now; importing it earlier would cost seconds
 
         self.seen += 1
-        words = [_short(name), *([f"error {report.percent(error)}"] if error is not None else []),
-                 report.size(resident())]
-        part = min(self.seen / self.usual, 0.95) if self.usual else 0.0
-        self.bar.update(self.task, completed=self.index + part, now="  ".join(words))
+        words = [size(resident()), *([f"error {percent(error)}"] if error is not None else []), _short(name)]
+        done = self.index + (min(self.seen / self.usual, 0.95) if self.usual else 0.0)
+        self.bar.update(self.task, completed=done, now="  ".join(words),
+                        left=_left(self.began, done, self.blocks, self.first))
 
     def block(self, index: int, name: str, seconds: float, worst: tuple[str, float] | None, memory_bytes: int) -> None:
         self.index, self.usual, self.seen = index + 1, max(self.seen, 1), 0
-        self.bar.update(self.task, completed=self.index, description=self._title())
+        self.bar.update(self.task, completed=self.index, description=self._title(),
+                        left=_left(self.began, self.index, self.blocks, self.first))
 
     def finish(self) -> None:
-        self.bar.update(self.task, now="")
+        self.bar.update(self.task, now="", left="")
 
     def _title(self) -> str:
-        return f"block {min(self.index + 1, self.blocks)}/{self.blocks}"
+        return f"{min(self.index + 1, self.blocks)}/{self.blocks}"
 
 
 class Lines:
@@ -181,13 +183,14 @@ class Lines:
         return None
 
     def block(self, index: int, name: str, seconds: float, worst: tuple[str, float] | None, memory_bytes: int) -> None:
-        done, passed = index + 1, time.monotonic() - self.began
-        words = [f"block {done:>{len(str(self.blocks))}}/{self.blocks}", report.span(seconds)]
+        done = index + 1
+        words = [f"block {done:>{len(str(self.blocks))}}/{self.blocks}", span(seconds)]
         if worst is not None:
-            words.append(f"worst error {report.percent(worst[1])} in {_short(worst[0])}")
-        words.append(report.size(memory_bytes))
-        left = passed / max(done - self.first, 1) * (self.blocks - done)
-        self._line("  ".join([*words, f"{report.span(left)} left"]))
+            words.append(f"worst error {percent(worst[1])} in {_short(worst[0])}")
+        words.append(size(memory_bytes))
+        if done < self.blocks:
+            words.append(_left(self.began, done, self.blocks, self.first))
+        self._line("  ".join(words))
 
     def finish(self) -> None:
         return None

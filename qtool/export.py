@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, found, formats, inspect, manifest
+from qtool import card, formats, found, inspect, manifest
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -223,8 +223,8 @@ def _record(job: Export) -> dict[str, Any]:
 
 def _checked(job: Export) -> str:
     if job.dense:
-        return (f"every tensor was read back; dense weights are rounded to {inspect.dtype_name(job.source.dtype)}, as the model "
-                "computes")
+        dtype = inspect.dtype_name(job.source.dtype)
+        return f"every tensor was read back; quantized weights are rounded to {dtype}, the type of the model"
     return "lossless: every quantized weight was decoded from both and compared bit for bit"
 
 

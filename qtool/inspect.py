@@ -25,7 +25,7 @@ from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
 
 SCHEMA = 1
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
-TOLERANCE = 1e-3  # of a recorded error against the same error measured from the files; sums may be taken in other orders
+TOLERANCE = 1e-3  # of a recorded error against the measured one: sums may be taken in other orders
 FIRST = ("name", "stored", "block", "scheme_label", "bits", "group_size", "symmetric", "shape", "bytes",
          "bits_per_weight", "relative_error", "weight_error", "weight_sqnr_db", "sqnr_db", "tokens")
 
@@ -65,20 +65,24 @@ def summary(source: Source) -> dict[str, Any]:
         "schema": SCHEMA, "path": source.origin, "kind": source.kind,
         "architecture": (source.config.get("architectures") or [source.config.get("model_type", "unknown")])[0],
         "format": stored_name(source), "dtype": dtype_name(source.dtype),
-        "parameters": parameters, "weight_bytes": stored, "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
+        "parameters": parameters, "weight_bytes": stored,
+        "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
         "bits_per_weight": bits_per_weight(source), "schemes": _schemes(rows),
         "not_quantized": _not_quantized(source, record), "error": kind_and_error, "made_by": _made_by(record),
     }
 
 
 def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """One record per quantized linear; of a checkpoint without any, one per matrix. Manifest figures where there are."""
+    """One record per quantized linear; of a checkpoint without any, one per matrix. With the manifest's figures.
+
+    In the manifest's order, which is that of execution; else by name, numbers by their value.
+    """
     recorded = {layer["stored"]: layer for layer in (record or {}).get("layers", [])}
     names = list(source.schemes) or [name.removesuffix(".weight") for name, spec in source.specs.items()
                                      if len(spec.shape) == 2 and name.endswith(".weight")]
-    sizes = _linear_bytes(source)
+    sizes, place = _linear_bytes(source), {name: index for index, name in enumerate(recorded)}
     rows = []
-    for name in names:
+    for name in sorted(names, key=lambda name: (place.get(name, len(place)), _natural(name))):
         known = recorded.get(name, {})
         shape = source.specs[name + ".weight"].shape
         scheme = source.schemes.get(name)
@@ -130,7 +134,7 @@ def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) ->
     """
     record = record_of(source)
     problems = _wrong_hashes(source, record, step) if record else []
-    problems += _wrong_layout(source, record)
+    problems += _wrong_layout(source, record, step)
     for done, (name, spec) in enumerate(source.specs.items()):
         step(done, len(source.specs), name)
         try:
@@ -165,7 +169,7 @@ def stored_bytes(source: Source) -> int:
 
 
 def bits_per_weight(source: Source) -> float:
-    """Bits of each quantized weight, scales and zero points included; of a checkpoint without any, of each parameter."""
+    """Bits of a quantized weight, its share of scales and zero points included; without any, of a parameter."""
     if source.schemes:
         weights = sum(spec.elements for name, spec in source.specs.items()
                       if name.removesuffix(".weight") in source.schemes)
@@ -198,6 +202,11 @@ def stored_name(source: Source) -> str | None:
     return source.format.NAME if source.format else None
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layers.9 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def _schemes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -217,11 +226,14 @@ def _not_quantized(source: Source, record: dict[str, Any] | None) -> list[dict[s
     groups: dict[tuple[str, str, str], list[TensorSpec]] = {}
     for name, spec in source.specs.items():
         if name.removesuffix(".weight") not in source.schemes:
-            pattern = re.sub(r"\.\d+\.", ".*.", name)
+            vector = len(spec.shape) < 2
+            pattern = f"{_reason(source, spec, reasons)}s" if vector else re.sub(
+                r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
             groups.setdefault((pattern, _reason(source, spec, reasons), dtype_name(spec.dtype)), []).append(spec)
-    return [{"name": pattern, "reason": reason, "dtype": dtype, "tensors": len(specs),
-             "elements": sum(spec.elements for spec in specs), "bytes": sum(spec.nbytes for spec in specs)}
-            for (pattern, reason, dtype), specs in groups.items()]
+    lines = [{"name": pattern, "reason": reason, "dtype": dtype, "tensors": len(specs),
+              "elements": sum(spec.elements for spec in specs), "bytes": sum(spec.nbytes for spec in specs)}
+             for (pattern, reason, dtype), specs in groups.items()]
+    return sorted(lines, key=lambda line: (-line["bytes"], line["name"]))
 
 
 def _reason(source: Source, spec: TensorSpec, reasons: dict[str, str]) -> str:
@@ -231,7 +243,7 @@ def _reason(source: Source, spec: TensorSpec, reasons: dict[str, str]) -> str:
     if len(spec.shape) < 2:
         return "bias" if spec.name.endswith("bias") else "norm"
     if "embed" in spec.name or spec.name.endswith("wte.weight"):
-        return "embedding, also the output head" if source.config.get("tie_word_embeddings") else "embedding"
+        return "embedding and output head" if source.config.get("tie_word_embeddings") else "embedding"
     return "left out of the quantization_config" if source.schemes else "matrix"
 
 
@@ -239,7 +251,8 @@ def _error(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     for key, of in (("relative_error", "outputs' energy"), ("weight_error", "weights' energy")):
         errors = sorted((row[key], row["name"]) for row in rows if row[key] is not None)
         if errors:
-            return {"of": of, "median": errors[len(errors) // 2][0], "worst": errors[-1][0], "worst_name": errors[-1][1]}
+            worst, name = errors[-1]
+            return {"of": of, "median": errors[len(errors) // 2][0], "worst": worst, "worst_name": name}
     return None
 
 
@@ -261,8 +274,8 @@ def _refuse_other_model(source: Source, base: Source) -> None:
                          f"({len(missing)} tensors in all) is not in {where}; give the model that it was made from")
     for name, spec in source.specs.items():
         if spec.shape != base.specs[name].shape:
-            raise InputError(f"{name} has shape {list(spec.shape)} in {source.origin}, but {list(base.specs[name].shape)} "
-                             f"in {base.origin}; give the model that it was made from")
+            raise InputError(f"{name} has shape {list(spec.shape)} in {source.origin}, but "
+                             f"{list(base.specs[name].shape)} in {base.origin}; give the model that it was made from")
 
 
 def _wrong_hashes(source: Source, record: dict[str, Any], step: Step) -> list[str]:
@@ -277,7 +290,7 @@ def _wrong_hashes(source: Source, record: dict[str, Any], step: Step) -> list[st
     return problems
 
 
-def _wrong_layout(source: Source, record: dict[str, Any] | None) -> list[str]:
+def _wrong_layout(source: Source, record: dict[str, Any] | None, step: Step) -> list[str]:
     """Names, dtypes and shapes of the packed tensors as the format lays them out, of the others as the model wants."""
     problems = []
     if record is not None and source.format is not None:
@@ -291,6 +304,7 @@ def _wrong_layout(source: Source, record: dict[str, Any] | None) -> list[str]:
                     problems.append(f"{spec.name}: missing, or not {NAMES_OF_DTYPES[spec.dtype]} {list(spec.shape)}")
         extra = sorted(set(source.schemes) - {layer["stored"] for layer in record["layers"]})
         problems += [f"{name}: is quantized, but not in the manifest" for name in extra]
+    step(0, 1, "building the architecture")
     try:
         from qtool.models import skeleton
 

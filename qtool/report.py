@@ -11,34 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-
-def size(count: float) -> str:
-    """Bytes for people, decimal units: 92.4 MB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:,.0f} {unit}"
-    return f"{count:.0f} B"
-
-
-def span(seconds: float) -> str:
-    """Seconds for people: 42 s, 2 min 05 s, 1 h 02 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    return f"{whole // 60} min {whole % 60:02} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def percent(share: float | None) -> str:
-    """0.0123 as 1.23 %; a dash where there is no figure."""
-    return "-" if share is None else f"{100 * share:.3g} %"
-
-
-def millions(count: float) -> str:
-    """135 M, 8.19 B (billions), as models are called."""
-    for unit, scale in ((" B", 1e9), (" M", 1e6), (" k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g}{unit}" if count < 999.5 * scale else f"{count / scale:.0f}{unit}"
-    return f"{count:.0f}"
+from qtool.units import millions, percent, size, span
 
 
 def label(scheme: Mapping[str, Any]) -> str:
@@ -61,13 +34,18 @@ def facts(title: str, rows: Iterable[tuple[str, str | Text]]) -> RenderableType:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int = 1) -> Table:
     """A table whose first `left` columns are words and whose others are figures."""
-    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold", pad_edge=False, padding=(0, 1))
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right", no_wrap=index > 0,
                         overflow="ellipsis" if index else "fold")
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def stacked(parts: Sequence[RenderableType]) -> RenderableType:
+    """One below the other, a blank line between."""
+    return Group(*[piece for part in parts for piece in (part, Text(""))][:-1])
 
 
 def plan(data: Mapping[str, Any]) -> RenderableType:
@@ -157,24 +135,43 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
     if made:
         rows.append(("made by", f"qtool {made['qtool']} from {made['source']}, {made['method']}"
                                 + (f", {made['tokens']} tokens of {made['calibration']}" if made["tokens"] else "")))
+    error = data["error"]
+    if error:
+        rows.append(("error", f"median {percent(error['median'])} of the {error['of']}, "
+                              f"worst {percent(error['worst'])} in {error['worst_name']}"))
+    rows += _checks(data)
     parts: list[RenderableType] = [facts(data["path"], rows)]
     columns = ("scheme", "linears", "weights", "size", "bits/weight")
     if data["schemes"]:
         parts.append(table(columns, [
             (one["scheme"], str(one["linears"]), millions(one["weights"]), size(one["bytes"]),
              f"{one['bits_per_weight']:.4g}") for one in data["schemes"]]))
-    if data["not_quantized"]:
-        title = "not quantized" if data["schemes"] else "tensors"
-        parts.append(table((title, "why", "tensors", "size", "type"), [
+    if data["schemes"] and data["not_quantized"]:
+        parts.append(table(("not quantized", "why", "tensors", "size", "type"), [
             (one["name"], one["reason"], str(one["tensors"]), size(one["bytes"]), one["dtype"])
             for one in data["not_quantized"]], left=2))
-    if data["error"]:
-        error = data["error"]
-        parts.append(Text(f"error: median {percent(error['median'])} of the {error['of']}, "
-                          f"worst {percent(error['worst'])} in {error['worst_name']}"))
-    for text in data.get("differences", ()):
-        parts.append(Text(text, style="yellow"))
-    return Group(*parts)
+    elif not data["schemes"]:
+        title = "tensors, as they are read" if data["kind"] == "gguf" else "tensors"
+        parts.append(table((title, "", "size", "type"), [
+            (one["name"], str(one["tensors"]), size(one["bytes"]), one["dtype"]) for one in data["not_quantized"]]))
+    return stacked(parts)
+
+
+def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
+    """What --against and --verify found."""
+    rows: list[tuple[str, str | Text]] = []
+    compared = data.get("comparison")
+    if compared:
+        changed = compared["changed_tensors"]
+        text = f"with {compared['against']}: {compared['equal_tensors']} unquantized tensors are equal"
+        if changed:
+            text += f", {len(changed)} differ: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
+        rows.append(("compared", Text(text, style="yellow" if changed else "green")))
+    if data.get("problems") == []:
+        hashes = "hashes, names" if data["made_by"] else "names (there is no manifest with hashes)"
+        rows.append(("verified", Text(f"{hashes}, types and shapes; every tensor decodes and is finite",
+                                      style="green")))
+    return rows
 
 
 def layers(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -226,7 +223,7 @@ def evaluated(data: Mapping[str, Any]) -> RenderableType:
             ("size", percent(model["weight_bytes"] / max(against["weight_bytes"], 1)), ""),
         ])
         parts.append(figures)
-    return Group(*parts)
+    return stacked(parts)
 
 
 def exported(data: Mapping[str, Any]) -> RenderableType:

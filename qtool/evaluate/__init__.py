@@ -61,13 +61,13 @@ def _run(models: list[torch.nn.Module], ids: torch.Tensor, device: torch.device,
         logits = [model(window[None].to(device), use_cache=False).logits[0, :-1] for model in models]
         measure.add(figures, logits, window[1:].to(device))
         if not all(torch.isfinite(torch.tensor(nll[-1])) for nll in figures.nll):
-            raise NumericalError(f"window {index + 1}: the model's predictions are not finite; `qtool inspect --verify` "
-                                 "tells whether its weights are")
+            raise NumericalError(f"window {index + 1}: the model's predictions are not finite; `qtool inspect "
+                                 "--verify` tells whether its weights are")
     return figures
 
 
 def _tokens(source: Source, text: str, windows: int, context: int, vocabulary: int) -> calibration.CalibrationTokens:
-    spec = Calibration(source=BUILTIN if text == "builtin" else text, sequence_length=context)
+    spec = Calibration.model_validate({"source": BUILTIN if text == "builtin" else text, "sequence_length": context})
     try:
         return calibration.load_tokens(spec, source.directory, windows, vocabulary)
     except CalibrationError as error:  # the same trouble, in the words of this command
