@@ -233,8 +233,8 @@ def _scheme(linear_name: str, quantization: Mapping[str, Any],
     shape = (words.shape[1], words.shape[0] * 32 // scheme.bits)
     order = specs.get(f"{linear_name}.g_idx")
     if scales.shape[1] != shape[0] or (order is not None and order.shape != shape[1:]):
-        raise CheckpointError(f"{linear_name}: qweight {list(words.shape)} in {scheme.bits} bits is a weight {list(shape)}, "
-                              "but scales or g_idx say otherwise; quantization_config in config.json is another's")
+        raise CheckpointError(f"{linear_name}: {scheme.bits}-bit qweight {list(words.shape)} means a weight "
+                              f"{list(shape)}, but scales or g_idx say otherwise; config.json belongs to another file")
     return scheme, shape
 
 

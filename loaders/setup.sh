@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes the virtual environments of `make test-loaders`: .venv-loaders-<name> for every loaders/<name>.txt.
+# Each is made once, and again when its list changes. With names as arguments, only those.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+for list in loaders/*.txt; do
+    name="$(basename "$list" .txt)"
+    if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then continue; fi
+    venv=".venv-loaders-$name"
+    if cmp -s "$list" "$venv/.ready"; then continue; fi
+    echo "loaders: making $venv"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    # torch first and pinned: otherwise pip fetches another build of it
+    "$venv/bin/python" -m pip install -q torch==2.13.0 setuptools wheel -c constraints.txt
+    "$venv/bin/python" -m pip install -q --no-deps -r "$list"
+    cp "$list" "$venv/.ready"
+done

@@ -1,0 +1,41 @@
+"""Runs in any venv with transformers: loads checkpoints as its users do and writes the logits.
+
+usage: read_with_transformers.py JOBS.json, a list of
+{"model": folder, "ids": token ids, "out": safetensors file, "dtype": "float32", "dequantize": false}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # GPTQModel's own default fails on two cores
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel would compile a kernel for every shape
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+def main(jobs: list[dict]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for job in jobs:
+        settings = {}
+        if job.get("dequantize"):
+            from transformers import CompressedTensorsConfig
+
+            settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            job["model"], dtype=getattr(torch, job.get("dtype", "float32")), **settings)
+        assert AutoTokenizer.from_pretrained(job["model"]).encode("Hello")
+        with torch.no_grad():
+            logits = model(torch.tensor([job["ids"]])).logits[0].float()
+        kinds = sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})
+        save_file({"logits": logits.contiguous()}, job["out"], {"modules": " ".join(kinds)})
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
