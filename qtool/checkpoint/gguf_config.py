@@ -20,9 +20,8 @@ from qtool.errors import CheckpointError
 REMEDY = "use the safetensors version of this model"
 # GGUF key below the architecture -> config key
 KEYS = {
-    "context_length": "max_position_embeddings", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping", "expert_used_count": "num_experts_per_tok",
+    "final_logit_softcapping": "final_logit_softcapping",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
 TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
@@ -51,17 +50,20 @@ def values(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], archi
         "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "num_hidden_layers": count(metadata, f"{architecture}.block_count", where),
         "intermediate_size": count(metadata, f"{architecture}.feed_forward_length", where),
+        "max_position_embeddings": count(metadata, f"{architecture}.context_length", where),
+        "rms_norm_eps": _epsilon(metadata, f"{architecture}.attention.layer_norm_rms_epsilon", where),
         "vocab_size": shape_of(tensors, "token_embd.weight", 2, where)[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        **{key: value for key, value in taken.items() if value is not None},
+        **{key: value or None for key, value in taken.items() if value is not None},  # 0: no such window or cap
         **{target: metadata.get(f"tokenizer.ggml.{name}_token_id") for name, target in TOKENS.items()},
         **family.fixed,
     }
     if family.head_dim or head_size != hidden // heads:
         result["head_dim"] = head_size
-    if "num_experts_per_tok" in family.keys:
+    if "ffn_gate_exps" in family.layer:
         experts = shape_of(tensors, "blk.0.ffn_gate_exps.weight", 3, where)
-        result |= {"num_experts": experts[0], "moe_intermediate_size": experts[1]}
+        result |= {"num_experts": experts[0], "moe_intermediate_size": experts[1],
+                   "num_experts_per_tok": count(metadata, f"{architecture}.expert_used_count", where)}
     if "blk.0.ffn_gate_shexp.weight" in tensors:
         result["shared_expert_intermediate_size"] = shape_of(tensors, "blk.0.ffn_gate_shexp.weight", 2, where)[0]
     if architecture in SCALED_BY_WIDTH:
@@ -81,6 +83,13 @@ def count(metadata: Mapping[str, Any], key: str, where: str, default: int | None
         shown = "absent" if value is None else repr(value)[:80]
         raise CheckpointError(f"{where}: {key} is {shown}, not one positive number; {REMEDY}")
     return value
+
+
+def _epsilon(metadata: Mapping[str, Any], key: str, where: str) -> float:
+    value = metadata.get(key)
+    if type(value) is not float or not 0 < value < 1:
+        raise CheckpointError(f"{where}: {key} is {repr(value)[:80]}, not a small positive number; {REMEDY}")
+    return float(shortest(value))
 
 
 def shape_of(tensors: Mapping[str, GgufTensor], name: str, dimensions: int, where: str) -> tuple[int, ...]:

@@ -30,8 +30,7 @@ SHARED = {"ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.
           "ffn_down_shexp": "mlp.shared_expert.down_proj", "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
 
 
-USUAL_KEYS = ("max_position_embeddings", "rms_norm_eps")
-GEMMA_KEYS = (*USUAL_KEYS, "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+GEMMA_KEYS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Family:
     """One GGUF architecture.
 
     model_type, model_class: what config.json names.  layer: GGUF name -> Hugging Face name in a decoder layer; {} is
-    the expert.  keys: what its config takes from the metadata beside sizes.  head_dim: its config always states the
+    the expert.  keys: what its config takes from the metadata beside what all do.  head_dim: its config states the
     head size.  fixed: config values that GGUF implies.  permuted: the rows of q and k have llama.cpp's order, rotary
     pairs side by side.  norm_offset: what GGUF adds to every norm weight.
     """
@@ -47,7 +46,7 @@ class Family:
     model_type: str
     model_class: str
     layer: Mapping[str, str]
-    keys: tuple[str, ...] = USUAL_KEYS
+    keys: tuple[str, ...] = ()
     head_dim: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     permuted: bool = False
@@ -58,10 +57,9 @@ FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", USUAL, head_dim=True, permuted=True),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", USUAL),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", {**USUAL, **QK_NORMS}, head_dim=True),
-    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", {**USUAL, **EXPERTS, **SHARED},
-                       keys=(*USUAL_KEYS, "num_experts_per_tok")),
+    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", {**USUAL, **EXPERTS, **SHARED}),
     "qwen3moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", {**USUAL, **QK_NORMS, **EXPERTS}, head_dim=True,
-                       keys=(*USUAL_KEYS, "num_experts_per_tok"), fixed={"norm_topk_prob": True}),
+                       fixed={"norm_topk_prob": True}),
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", {**ATTENTION, **MLP, **FOUR_NORMS}, head_dim=True, keys=GEMMA_KEYS,
                      norm_offset=1.0),
     "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", {**ATTENTION, **MLP, **FOUR_NORMS, **QK_NORMS}, head_dim=True,
@@ -69,7 +67,7 @@ FAMILIES = {
     "phi3": Family("phi3", "Phi3ForCausalLM",
                    {"attn_norm": "input_layernorm", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
                     "ffn_norm": "post_attention_layernorm", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
-                   keys=(*USUAL_KEYS, "sliding_window", "original_max_position_embeddings")),
+                   keys=("sliding_window", "original_max_position_embeddings")),
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"  # no weight, but the divisors of Llama 3's rotary frequencies
 
