@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -177,9 +176,8 @@ def inspect(
     elif csv:
         console.show_csv(rows, [key for key in inspection.FIRST if any(key in row for row in rows)])
     elif path is not None:
-        console.show(report.inspected(result))
-        if layers or against:
-            console.show(report.layers(rows))
+        parts = [report.inspected(result), *([report.layers(rows)] if layers or against else [])]
+        console.show(report.stacked(parts))
     if result.get("problems"):
         raise VerificationError(f"{len(result['problems'])} problems:\n" + "\n".join(result["problems"][:20]))
 
@@ -231,9 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         goes_on = "; finished blocks are kept, the same command goes on from there" if given[:1] == ["quantize"] else ""
         console.error(f"stopped by {signal.Signals(stop.number).name}{goes_on}", "stopped")
         sys.exit(128 + stop.number)
-    except BrokenPipeError:  # `qtool inspect ... | head`: whoever read has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         if told:
             traceback.print_exc()
@@ -247,9 +242,9 @@ def _explained(error: Exception, told: bool) -> int:
         return error.exit_status
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        console.error("out of memory" + (f": {text[:200]}" if text else "") + "; use fewer --samples, a smaller "
-                      "--set calibration.batch_tokens or --set memory_budget_gb, or --device cpu; what was finished is "
-                      "kept")
+        console.error("out of memory" + (f": {text[:200]}" if text else "") + "; quantize needs less with fewer "
+                      "--samples, a smaller --set calibration.batch_tokens or memory_budget_gb, or --device cpu, and "
+                      "goes on where it stopped; eval with a shorter --context")
         return 1
     if isinstance(error, OSError) and error.filename is not None:
         console.error(f"{error.filename}: {error.strerror}")

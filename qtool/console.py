@@ -110,7 +110,8 @@ def _left(began: float, done: float, total: float, at_start: float = 0) -> str:
 def _bar(target: Console) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # 20 ms that --help need not wait for
 
-    return Progress(TextColumn("{task.description}", style="bold"), BarColumn(min(max(target.width - 66, 8), 30)), TimeElapsedColumn(),
+    width = min(max(target.width - 66, 8), 30)
+    return Progress(TextColumn("{task.description}", style="bold"), BarColumn(width), TimeElapsedColumn(),
                     TextColumn("{task.fields[left]}", style="cyan", markup=False),
                     TextColumn("{task.fields[now]}", markup=False), console=target, transient=True,
                     refresh_per_second=4)

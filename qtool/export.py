@@ -202,8 +202,8 @@ def _record(job: Export) -> dict[str, Any]:
     source, before = job.source, job.record
     layers = []
     known = {layer["stored"]: layer for layer in (before or {}).get("layers", [])}
-    for linear, scheme in source.schemes.items():
-        shape = source.specs[linear + ".weight"].shape
+    for linear in [name for name in known if name in source.schemes] or list(source.schemes):
+        scheme, shape = source.schemes[linear], source.specs[linear + ".weight"].shape
         specs = job.target.layout(linear, shape, scheme, source.dtype)
         told = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
                                   "sqnr_db": None, "tokens": 0})

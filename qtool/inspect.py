@@ -227,8 +227,9 @@ def _not_quantized(source: Source, record: dict[str, Any] | None) -> list[dict[s
     for name, spec in source.specs.items():
         if name.removesuffix(".weight") not in source.schemes:
             vector = len(spec.shape) < 2
-            pattern = f"{_reason(source, spec, reasons)}s" if vector else re.sub(
-                r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
+            if vector:
+                pattern = "biases" if name.endswith("bias") else "norms"
             groups.setdefault((pattern, _reason(source, spec, reasons), dtype_name(spec.dtype)), []).append(spec)
     lines = [{"name": pattern, "reason": reason, "dtype": dtype, "tensors": len(specs),
               "elements": sum(spec.elements for spec in specs), "bytes": sum(spec.nbytes for spec in specs)}
@@ -241,7 +242,7 @@ def _reason(source: Source, spec: TensorSpec, reasons: dict[str, str]) -> str:
     if told and spec.name.endswith(".weight"):
         return told
     if len(spec.shape) < 2:
-        return "bias" if spec.name.endswith("bias") else "norm"
+        return "not a matrix"
     if "embed" in spec.name or spec.name.endswith("wte.weight"):
         return "embedding and output head" if source.config.get("tie_word_embeddings") else "embedding"
     return "left out of the quantization_config" if source.schemes else "matrix"

@@ -73,7 +73,8 @@ def _tokens(source: Source, text: str, windows: int, context: int, vocabulary: i
     except CalibrationError as error:  # the same trouble, in the words of this command
         message = str(error)
         for theirs, ours in (("calibration.samples", "--windows"), ("calibration.sequence_length", "--context"),
-                             (f"{windows} samples of", f"{windows} windows of"), ("calibration", "evaluation")):
+                             (f"{windows} samples of", f"{windows} windows of"), (" --windows <= 0,", ""),
+                             ("calibration", "evaluation")):
             message = message.replace(theirs, ours)
         raise CalibrationError(message) from None
 

@@ -1,0 +1,121 @@
+"""Exports keep codes and scales; what cannot be kept is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool import decode, manifest
+from qtool.inspect import dense
+from tests import tiny
+from tests.cli.conftest import SMALL, Run
+
+
+def test_round_trip_through_gptq(run: Run, gptq: Path, tmp_path: Path) -> None:
+    status, out, _ = run("export", gptq, "--to", "gptq", "--out", tmp_path / "g", "--json")
+    result = json.loads(out)
+    assert status == 0 and result["lossless"] and "bit for bit" in result["checked"] and result["linears"] == 21
+    assert run("export", tmp_path / "g", "--to", "compressed-tensors", "--out", tmp_path / "c", "--quiet")[0] == 0
+    before, after = load_file(gptq / "model.safetensors"), load_file(tmp_path / "c" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (gptq, tmp_path / "c")]
+    assert configs[0] == configs[1]
+    middle, source = decode.open_model(str(tmp_path / "g")), decode.open_model(str(gptq))
+    assert middle.format is not None and middle.format.NAME == "gptq"
+    for linear in source.schemes:
+        ours, theirs = source.read_quantized(linear), middle.read_quantized(linear)
+        assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.zero_point, theirs.zero_point)
+        assert torch.equal(ours.scale.double(), theirs.scale.double())
+
+
+def test_an_export_is_a_complete_output(run: Run, gptq: Path, model: Path, tmp_path: Path) -> None:
+    assert run("export", gptq, "--to", "gptq", "--out", tmp_path / "g", "--quiet")[0] == 0
+    before, after = manifest.load(gptq), manifest.load(tmp_path / "g")
+    assert after["exported_from"]["format"] == "compressed-tensors" and after["format"] == "gptq"
+    figures = [[(layer["name"], layer["relative_error"]) for layer in one["layers"]] for one in (before, after)]
+    assert figures[0] == figures[1]
+    assert after["recipe"] == before["recipe"] and after["source"] == before["source"]
+    assert after["totals"]["bits_per_weight"] > before["totals"]["bits_per_weight"]
+    names = {path.name for path in (tmp_path / "g").iterdir()}
+    assert {"README.md", "config.json", "quantize_config.json", "tokenizer.json", "generation_config.json"} <= names
+    status, out, _ = run("inspect", tmp_path / "g", "--verify", "--against", model, "--json")
+    assert status == 0 and json.loads(out)["problems"] == []
+
+
+def test_asymmetric_and_mixed_bits_go_over_too(run: Run, rtn: Path, tmp_path: Path) -> None:
+    status, out, _ = run("export", rtn, "--to", "gptq", "--out", tmp_path / "g", "--json")
+    assert status == 0 and any("gptq_v2" in note for note in json.loads(out)["notes"])
+    source, exported = decode.open_model(str(rtn)), decode.open_model(str(tmp_path / "g"))
+    assert source.schemes == exported.schemes
+    assert all(torch.equal(dense(source, linear), dense(exported, linear)) for linear in source.schemes)
+
+
+def test_dense_weights_load_in_transformers(run: Run, gptq: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    status, out, _ = run("export", gptq, "--to", "hf", "--out", tmp_path / "h", "--json")
+    assert status == 0 and not json.loads(out)["lossless"]
+    assert "quantization_config" not in json.loads((tmp_path / "h" / "config.json").read_text())
+    source = decode.open_model(str(gptq))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "h", dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], source.read(name)) for name in source.specs)
+    assert run("inspect", tmp_path / "h", "--verify")[0] == 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2"])
+def test_experts_and_tied_embeddings(family: str, run: Run, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", family)
+    assert run("quantize", model, "--method", "rtn", "--out", tmp_path / "q", *SMALL)[0] == 0
+    assert run("export", tmp_path / "q", "--to", "gptq", "--out", tmp_path / "g", "--quiet")[0] == 0
+    assert run("inspect", tmp_path / "g", "--verify")[0] == 0
+    source, exported = decode.open_model(str(tmp_path / "q")), decode.open_model(str(tmp_path / "g"))
+    assert all(torch.equal(source.read(name), exported.read(name)) for name in source.specs)
+
+
+def test_scales_that_do_not_fit_are_refused(run: Run, gptq: Path, tmp_path: Path) -> None:
+    """bfloat16 reaches where float16 does not; float16 is finer than bfloat16."""
+    import shutil
+
+    shutil.copytree(gptq, tmp_path / "tiny-scales")
+    (tmp_path / "tiny-scales" / manifest.NAME).unlink()
+    tensors = load_file(tmp_path / "tiny-scales" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors[name] = tensors[name] * 2.0**-30
+    save_file(tensors, tmp_path / "tiny-scales" / "model.safetensors", {"format": "pt"})
+    status, _, err = run("export", tmp_path / "tiny-scales", "--to", "gptq", "--out", tmp_path / "x")
+    assert status == 2 and "1 of 21 linears have bfloat16 scales that float16" in err
+    assert "model.layers.0.mlp.up_proj" in err and "--format gptq" in err and "--to hf" in err
+    assert not list(tmp_path.glob("x*"))
+
+    assert run("export", gptq, "--to", "gptq", "--out", tmp_path / "fine", "--quiet")[0] == 0
+    tensors = load_file(tmp_path / "fine" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.scales"] *= 1 + 2**-10
+    save_file(tensors, tmp_path / "fine" / "model.safetensors", {"format": "pt"})
+    status, _, err = run("export", tmp_path / "fine", "--to", "compressed-tensors", "--out", tmp_path / "x")
+    assert status == 2 and "float16 scales that bfloat16" in err
+
+
+def test_a_target_that_cannot_hold_the_scheme(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("quantize", model, "--method", "rtn", "--group-size", "8", "--out", tmp_path / "q", "--quiet")[0] == 0
+    status, _, err = run("export", tmp_path / "q", "--to", "gptq", "--out", tmp_path / "x")
+    assert status == 2 and "group_size 8" in err and "--to hf" in err
+
+
+def test_an_unfinished_run_is_not_overwritten(run: Run, gptq: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "journal.jsonl").write_text(json.dumps({"identity": {"recipe": 1}}) + "\n")
+    status, _, err = run("export", gptq, "--to", "gptq", "--out", tmp_path / "out")
+    assert status == 2 and "unfinished run of something else" in err
+
+
+def test_two_exports_are_equal(run: Run, gptq: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("export", gptq, "--to", "gptq", "--out", tmp_path / name, "--quiet")[0] == 0
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("a", "b")]
+    assert files[0] == files[1]
