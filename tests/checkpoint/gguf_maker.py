@@ -11,9 +11,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
+
+from qtool.checkpoint import open_checkpoint
+from qtool.errors import CheckpointError
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3,
                  "gemma2": gguf.MODEL_ARCH.GEMMA2, "gemma3": gguf.MODEL_ARCH.GEMMA3, "phi3": gguf.MODEL_ARCH.PHI3,
@@ -47,6 +51,13 @@ def convert(folder: Path, out: Path, architecture: str, kind: GGMLQuantizationTy
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def refused(path: Path, text: str) -> None:
+    """Opening `path` must fail with one line that names the file and matches `text`."""
+    with pytest.raises(CheckpointError, match=text) as caught:
+        open_checkpoint(str(path)).close()
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
