@@ -23,7 +23,8 @@ def text(manifest: Mapping[str, Any], loaders: Sequence[tuple[str, str]]) -> str
     parts = [
         _front_matter(manifest, base), f"# {title}\n",
         f"Made by qtool {manifest['qtool']} from {_link(name, base)}. "
-        f"`manifest.json` holds the hashes of the source files, the whole recipe and the error of every layer.\n",
+        "`manifest.json` holds the hashes of the source files"
+        + (", the whole recipe and the error of every layer.\n" if manifest["layers"] else ".\n"),
         _sizes(totals), _errors(manifest["layers"]), _kept(manifest["kept"]), _loading(loaders),
     ]
     if recipe is not None:
@@ -46,7 +47,8 @@ def _how(manifest: Mapping[str, Any]) -> str:
     labels = list(dict.fromkeys(_label(layer["scheme"]) for layer in manifest["layers"]))
     recipe = manifest["recipe"]
     steps = "+".join(next(iter(step)) for step in recipe["steps"]) if recipe else ""
-    return " ".join(word for word in (steps, "/".join(labels), f"({manifest['format']})") if word)
+    form = "dense weights" if manifest["format"] == "hf" else f"({manifest['format']})"
+    return " ".join(word for word in (steps, "/".join(labels), form) if word)
 
 
 def _label(scheme: Mapping[str, Any]) -> str:

@@ -179,7 +179,9 @@ def inspect(
         parts = [report.inspected(result), *([report.layers(rows)] if layers or against else [])]
         console.show(report.stacked(parts))
     if result.get("problems"):
-        raise VerificationError(f"{len(result['problems'])} problems:\n" + "\n".join(result["problems"][:20]))
+        count = len(result["problems"])
+        raise VerificationError(f"{count} problem{'s' if count > 1 else ''} in {path}:\n"
+                                + "\n".join(result["problems"][:20]))
 
 
 @app.command("eval", epilog="Example:\n\n"

@@ -234,4 +234,5 @@ def exported(data: Mapping[str, Any]) -> RenderableType:
         ("checked", data["checked"]),
     ]
     rows += [("note", Text(text, style="yellow")) for text in data["notes"]]
-    return facts(f"Exported {data['linears']} linears from {data['from']} to {data['format']}", rows)
+    what = f"{data['linears']} linears from " if data["linears"] else ""
+    return facts(f"Exported {what}{data['from']} to {data['format']}", rows)

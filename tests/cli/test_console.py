@@ -13,12 +13,14 @@ from qtool import console, report, units
 
 @pytest.mark.parametrize(("call", "expected"), [
     (lambda: units.size(999), "999 B"), (lambda: units.size(1234), "1.23 kB"),
-    (lambda: units.size(92_400_000), "92.4 MB"), (lambda: units.size(999_900_000), "1,000 MB"), (lambda: units.size(16.4e9), "16.4 GB"),
-    (lambda: units.span(3.21), "3.2 s"), (lambda: units.span(42), "42 s"), (lambda: units.span(125), "2 min 05 s"),
-    (lambda: units.span(59.7), "1 min 00 s"), (lambda: units.span(3720), "1 h 02 min"),
+    (lambda: units.size(92_400_000), "92.4 MB"), (lambda: units.size(999_900_000), "1,000 MB"),
+    (lambda: units.size(16.4e9), "16.4 GB"), (lambda: units.span(3.21), "3.2 s"),
+    (lambda: units.span(42), "42 s"), (lambda: units.span(125), "2 min 05 s"), (lambda: units.span(59.7), "1 min 00 s"),
+    (lambda: units.span(3720), "1 h 02 min"),
     (lambda: units.clock(3725), "1:02:05"), (lambda: units.percent(0.01234), "1.23 %"),
     (lambda: units.percent(None), "-"), (lambda: units.percent(1.0), "100 %"),
-    (lambda: units.millions(134.5e6), "134 M"), (lambda: units.millions(8.19e9), "8.19 B"), (lambda: units.millions(12), "12"),
+    (lambda: units.millions(134.5e6), "134 M"), (lambda: units.millions(8.19e9), "8.19 B"),
+    (lambda: units.millions(12), "12"),
     (lambda: report.label({"bits": 4, "group_size": 64, "symmetric": True}), "int4-g64"),
     (lambda: report.label({"bits": 3, "group_size": -1, "symmetric": False}), "uint3-channel"),
 ])
@@ -73,3 +75,28 @@ def test_names_with_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -
 def test_csv_quotes_and_leaves_gaps(capsys: pytest.CaptureFixture[str]) -> None:
     console.show_csv([{"a": "x,y", "b": None}, {"a": 1, "b": [2, 3]}], ["a", "b"])
     assert capsys.readouterr().out == 'a,b\n"x,y",\n1,"[2, 3]"\n'
+
+
+def test_on_a_terminal_errors_are_a_panel_and_steps_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=60, color_system=None, markup=False)
+    monkeypatch.setattr(console, "console", lambda stderr=False: terminal)
+    with console.steps("comparing") as step:
+        step(1, 4, "model.norm.weight")
+        step(4, 4, "done")
+    with console.working("reading [x]"):
+        pass
+    console.error("shape [2, 3]\nand more")
+    text = screen.getvalue()
+    assert "comparing" in text and "reading [x]" in text
+    assert re.search(r"╭─ error ─+╮\n│ shape \[2, 3\] +│\n│ and more +│\n╰─+╯", text)
+
+
+def test_quiet_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress(quiet=True) as silent, console.steps("x", True) as step, console.working("y", True):
+        silent.start(3, 1)
+        silent.linear("a", 0.1)
+        silent.block(1, "b", 1.0, None, 5)
+        step(1, 2, "c")
+        console.note("d", quiet=True)
+    assert capsys.readouterr() == ("", "")

@@ -119,3 +119,18 @@ def test_two_exports_are_equal(run: Run, gptq: Path, tmp_path: Path) -> None:
         assert run("export", gptq, "--to", "gptq", "--out", tmp_path / name, "--quiet")[0] == 0
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_a_gguf_file_becomes_plain_weights(run: Run, model: Path, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType
+
+    from tests.checkpoint.gguf_maker import convert
+
+    file = convert(model, tmp_path / "tiny.gguf", "llama", GGMLQuantizationType.Q8_0)
+    summary = json.loads(run("inspect", file, "--json")[1])
+    assert summary["format"] == "gguf Q8_0, F32" and 8.5 <= summary["bits_per_weight"] < 8.7
+    assert run("export", file, "--to", "gptq", "--out", tmp_path / "x")[0] == 2
+    assert run("export", file, "--to", "hf", "--out", tmp_path / "h", "--quiet") == (0, "", "")
+    plain, source = load_file(tmp_path / "h" / "model.safetensors"), decode.open_model(str(file))
+    assert plain.keys() == source.specs.keys() and all(torch.equal(plain[name], source.read(name)) for name in plain)
+    assert "dense weights" in (tmp_path / "h" / "README.md").read_text()
