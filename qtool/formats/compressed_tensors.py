@@ -71,6 +71,10 @@ def notes(schemes: Mapping[str, Scheme]) -> list[str]:
                      "transformers with an older compressed-tensors reads them wrong, and vLLM has no 3-bit kernel")
     if 2 in bits:
         found.append("vLLM has no 2-bit kernel; transformers decompresses 2-bit weights when it loads them")
+    if any(not scheme.symmetric for scheme in schemes.values()):
+        found.append("vLLM loads zero points; transformers with compressed-tensors 0.18 to 0.20 "
+                     + ("cannot when linears have different schemes" if len(set(schemes.values())) > 1 else
+                        "does so only with quantization_config=CompressedTensorsConfig(dequantize=True)"))
     return found
 
 

@@ -54,6 +54,7 @@ def test_a_gptq_checkpoint_is_symmetric_or_not() -> None:
 def test_notes_say_who_cannot_load_it() -> None:
     three = {NAME: Scheme(bits=3)}
     assert "0.20" in formats.load("compressed-tensors").notes(three)[0]
+    assert "dequantize=True" in formats.load("compressed-tensors").notes({NAME: Scheme(symmetric=False)})[0]
     assert "vLLM" in formats.load("gptq").notes(three)[0]
     assert "GPTQModel" in formats.load("gptq").notes({NAME: Scheme(symmetric=False)})[0]
     assert all(formats.load(name).notes({NAME: Scheme()}) == [] for name in formats.names())

@@ -138,6 +138,13 @@ def read(venv: str, script: str, jobs: list[dict[str, Any]], folder: Path) -> No
     assert done.returncode == 0, f"{script} in {venv}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
 
+def assert_close(theirs: torch.Tensor, ours: torch.Tensor, limit: float) -> None:
+    """The largest difference of a logit is below `limit`; `pytest -rP` shows it."""
+    difference = float((theirs - ours).abs().max())
+    print(f"largest difference {difference:.2e}, logits of size {float(ours.std()):.2f}")
+    assert difference < limit
+
+
 def answer(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the remarks that a reader wrote."""
     with safe_open(path, "pt") as file:

@@ -3,8 +3,8 @@
 usage: read_with_vllm.py JOBS.json, a list of
 {"model": folder, "ids": token ids, "out": safetensors file, "dtype": "float32"}
 
-vLLM's int4 kernel for CPUs needs AVX-512. Where it is missing, its place is taken by one that decodes the parameters as
-vLLM has loaded and fused them, with vLLM's own unpacking, and multiplies.
+vLLM's int4 kernel for CPUs needs AVX-512 and knows no float32. Where it cannot serve, its place is taken by one that
+decodes the parameters as vLLM has loaded and fused them, with vLLM's own unpacking, and multiplies.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 
-def use_plain_kernel() -> None:
+def use_plain_kernel_where_needed() -> None:
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
     from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 
-    def keep_dense(self, layer: torch.nn.Module) -> None:
+    kernel = cpu.CPUWNA16LinearKernel
+    own_prepare, own_multiply = kernel._process_gptq_weights_w4a16, kernel.apply_weights
+    present = hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+    def prepare(self, layer: torch.nn.Module) -> None:
+        if present and self.config.act_type != torch.float32:
+            return own_prepare(self, layer)
         kind = self.config.weight_type
         layer.use_w4a8, layer.isa_hint = False, "vec"
         packed = getattr(layer, self.w_q_name).data  # [K words, N]
@@ -39,12 +45,15 @@ def use_plain_kernel() -> None:
         each = codes.shape[0] // scales.shape[0]
         scales, zeros = (part.float().repeat_interleave(each, 0) for part in (scales, zeros))
         layer.plain_weight = ((codes.float() - zeros) * scales).T.contiguous()
+        return None
 
     def multiply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not hasattr(layer, "plain_weight"):
+            return own_multiply(self, layer, x, bias)
+        bias = None if bias is None else bias.float()
         return torch.nn.functional.linear(x.float(), layer.plain_weight, bias).to(x.dtype)
 
-    cpu.CPUWNA16LinearKernel._process_gptq_weights_w4a16 = keep_dense
-    cpu.CPUWNA16LinearKernel.apply_weights = multiply
+    kernel._process_gptq_weights_w4a16, kernel.apply_weights = prepare, multiply
 
 
 def main(jobs: list[dict]) -> None:
@@ -52,9 +61,7 @@ def main(jobs: list[dict]) -> None:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    own = hasattr(torch.ops._C, "cpu_gemm_wna16")
-    if not own:
-        use_plain_kernel()
+    use_plain_kernel_where_needed()
     for job in jobs:
         model = LLM(job["model"], dtype=job["dtype"], max_model_len=64, enforce_eager=True, max_logprobs=-1,
                     disable_log_stats=True, logprobs_mode="raw_logits", enable_prefix_caching=False)
@@ -62,7 +69,7 @@ def main(jobs: list[dict]) -> None:
         answer = model.generate({"prompt_token_ids": job["ids"]}, sampling, use_tqdm=False)
         found = answer[0].outputs[0].logprobs[0]
         logits = torch.tensor([found[token].logprob for token in range(len(found))])
-        save_file({"logits": logits}, job["out"], {"kernel": "vllm" if own else "plain"})
+        save_file({"logits": logits}, job["out"])
         del model, answer  # its finalizer takes down process-wide state: now, not under the next model
         gc.collect()
         cleanup_dist_env_and_memory()

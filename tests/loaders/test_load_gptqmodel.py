@@ -10,7 +10,7 @@ import torch
 from qtool import decode
 from qtool.grids import affine
 from qtool.recipe import Rule
-from tests.loaders.checkpoints import Case, answer, build, case, expected, read
+from tests.loaders.checkpoints import Case, answer, assert_close, build, case, expected, read
 
 pytestmark = pytest.mark.loaders
 NAME, VENV = "gptq", ".venv-loaders-gptqmodel"
@@ -48,11 +48,11 @@ def test_gptqmodel_decodes_the_weights_that_we_meant(one: Case, folder: Path) ->
     assert {f"{name}.weight" for name in source.schemes} == set(tensors) - {"logits"}
     for name in source.schemes:
         assert torch.equal(tensors[f"{name}.weight"], affine.decode(source.read_quantized(name)).half()), name
-    assert (tensors["logits"] - expected(folder / one.name, folder)).abs().max() < HALF
+    assert_close(tensors["logits"], expected(folder / one.name, folder), HALF)
 
 
 @pytest.mark.parametrize("one", ALIKE, ids=str)
 def test_transformers_computes_what_we_decode(one: Case, transformers: Path) -> None:
     tensors, remarks = answer(transformers / f"{one}.transformers")
     assert "Linear" in remarks["modules"].replace("Linear ", ""), "nothing was replaced by a quantized module"
-    assert (tensors["logits"] - expected(transformers / one.name, transformers)).abs().max() < HALF
+    assert_close(tensors["logits"], expected(transformers / one.name, transformers), HALF)

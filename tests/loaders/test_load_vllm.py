@@ -1,4 +1,4 @@
-"""Both formats in vLLM on the CPU. Its int4 kernel needs AVX-512; read_with_vllm.py says what happens without."""
+"""Both formats in vLLM on the CPU; read_with_vllm.py says whose kernel multiplies."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 import pytest
 
 from qtool.recipe import Rule
-from tests.loaders.checkpoints import Case, answer, build, case, expected, read
+from tests.loaders.checkpoints import Case, answer, assert_close, build, case, expected, read
 
 pytestmark = pytest.mark.loaders
 CT, GPTQ, VENV = "compressed-tensors", "gptq", ".venv-loaders-vllm"
 MIXED = (Rule(match="*.layers.1.mlp.down_proj", group_size=-1), Rule(match="*.layers.0.self_attn.o_proj", skip=True),
          Rule(match="*.layers.1.self_attn.[qkv]_proj", group_size=32))
-CASES = [case(CT, 4, 32), case(CT, 4, 64, False), case(CT, 4, 128, True, *MIXED, name="ct-mixed"),
-         case(GPTQ, 4, 128), case(GPTQ, 4, 64, True, *MIXED, name="gptq-mixed")]
-CLOSE = {CT: 1e-4, GPTQ: 0.03}  # float32; vLLM runs GPTQ files in float16 only
+SINGLE = [case(CT, 4, 32), case(CT, 4, 64, False), case(CT, 4, 128, True, *MIXED, name="ct-mixed")]
+HALF = [case(GPTQ, 4, 128), case(GPTQ, 4, 64, True, *MIXED, name="gptq-mixed"),  # vLLM has no float32 for GPTQ files
+        case(CT, 4, 32, False, name="ct-half")]
+LIMITS = {**dict.fromkeys(SINGLE, 1e-4), **dict.fromkeys(HALF, 0.1)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
-    for one in CASES:
+    for one in LIMITS:
         build(one, folder)
     read(VENV, "read_with_vllm.py",
          [{"model": str(folder / one.name), "out": str(folder / f"{one}.vllm"),
-           "dtype": "float32" if one.format == CT else "float16"} for one in CASES], folder)
+           "dtype": "float32" if one in SINGLE else "float16"} for one in LIMITS], folder)
     return folder
 
 
-@pytest.mark.parametrize("one", CASES, ids=str)
+@pytest.mark.parametrize("one", LIMITS, ids=str)
 def test_vllm_computes_what_we_decode(one: Case, folder: Path) -> None:
     tensors, _ = answer(folder / f"{one}.vllm")
-    difference = (tensors["logits"] - expected(folder / one.name, folder)[-1]).abs().max()
-    assert difference < CLOSE[one.format]
+    assert_close(tensors["logits"], expected(folder / one.name, folder)[-1], LIMITS[one])
