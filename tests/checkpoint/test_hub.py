@@ -94,7 +94,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     for name in ("tokenizer.json", "LICENSE", "README.md", "modeling_odd.py", "pytorch_model.bin"):
-        (folder / name).write_text("{}")
+        (folder / name).write_text(name)
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.safetensors").write_bytes(b"x")
     server = Remote(folder)
