@@ -9,12 +9,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
+from huggingface_hub.errors import StrictDataclassError
 
 from qtool.checkpoint.gguf_config import REMEDY, count
 from qtool.checkpoint.gguf_config import values as config_values
@@ -29,7 +31,7 @@ from qtool.tensors import TensorSpec
 CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; bounds the float32 temporaries
 # What transformers and tokenizers raise for metadata that they cannot use
 UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError, OverflowError,
-            MemoryError, AssertionError, ImportError)
+            MemoryError, AssertionError, ImportError, StrictDataclassError)
 # Vocabularies (tokenizer.ggml.pre) in which each digit is a token of its own. transformers does not know them; the rule
 # is llama.cpp's (src/llama-vocab.cpp).
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
@@ -149,20 +151,35 @@ def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
+class _Explained:
+    """Turns what transformers and tokenizers raise for unusable metadata into a CheckpointError.
+
+    No except clause could: the tokenizers library raises Exception itself, without a class of its own.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path, self.what = path, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and (kind is Exception or isinstance(error, UNUSABLE)):
+            why = f"the metadata make no usable {self.what}: {_short(error)}"
+            raise CheckpointError(f"{self.path}: {why}; {REMEDY}") from None
+
+
 def _write_config(path: Path, header: GgufHeader, architecture: str, dtype: torch.dtype,
                   folder: Path) -> dict[str, Any]:
     """Write config.json and return it."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     tensor, family = header.tensors.get(ROPE_FREQUENCIES), FAMILIES[architecture]
     divisors = None if tensor is None else _fetch(path, Part(tensor, tensor.shape), torch.float32, None, None)
     values = config_values(header.metadata, header.tensors, architecture, divisors, str(path))
-    try:
+    with _Explained(path, "config"):
         AutoConfig.for_model(family.model_type, architectures=[family.model_class], dtype=dtype, **values) \
             .save_pretrained(folder)
-    except (*UNUSABLE, StrictDataclassError) as error:
-        raise CheckpointError(f"{path}: the metadata make no valid config: {_short(error)}; {REMEDY}") from None
     return read_json(folder / "config.json")
 
 
@@ -176,13 +193,11 @@ def _write_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="qtool-gguf-") as empty:  # where nothing but the file can be picked up
         link = Path(empty) / "model.gguf"
         link.symlink_to(path.resolve())
-        try:
+        with _Explained(path, "tokenizer"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=link.name)
             if header.metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
                 _split_digits(tokenizer)
             tokenizer.save_pretrained(folder)
-        except UNUSABLE as error:
-            raise CheckpointError(f"{path}: the metadata make no tokenizer: {_short(error)}; {REMEDY}") from None
 
 
 def _split_digits(tokenizer: Any) -> None:

@@ -66,7 +66,11 @@ def _rewrite(source: Path, out: Path, **changes: Any) -> Path:
     ({"tokenizer__ggml__merges": ["a b c"]}, "merge 'a b c' does not join"),
     ({"tokenizer__ggml__bos_token_id": 4000}, "tokenizer.ggml.bos_token_id is 4000, and there are 512 tokens"),
     ({"tokenizer__ggml__token_type": [1]}, "tokenizer.ggml.token_type does not give one number per token"),
-    ({"tokenizer__ggml__model": "strange"}, "the metadata make no tokenizer: .*strange"),
+    ({"tokenizer__ggml__model": "strange"}, "the metadata make no usable tokenizer: .*strange"),
+    ({"tokenizer__ggml__model": "llama", "tokenizer__ggml__merges": None}, "no usable tokenizer: 'scores'"),
+    ({"tokenizer__ggml__model": "t5", "tokenizer__ggml__tokens": ["a"], "tokenizer__ggml__scores": [0.0],
+      "tokenizer__ggml__merges": None, "tokenizer__ggml__token_type": None, "tokenizer__ggml__eos_token_id": 0},
+     "no usable tokenizer: .*unk_id"),  # an Exception of no class
 ])
 def test_metadata_that_make_no_model(small: Path, tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     refused(_rewrite(small, tmp_path / "odd.gguf", **changes), text)
