@@ -20,11 +20,11 @@ from qtool.tensors import TensorSpec
 INDEX = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 16 << 20
 SHARD_OF = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-# Small files that belong to the model. Never code, weights or the model card.
+# Small files that belong to the model, in lower case. Never code, weights or the model card.
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
-    "*.model", "chat_template*", "generation_config.json", "*processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*",
-    "USE_POLICY*", "*.jinja",
+    "*.model", "chat_template*", "generation_config.json", "*processor_config.json", "license*", "licence*", "notice*",
+    "use_policy*", "*.jinja",
 )
 NO_COMPANION = ("*.py", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 MAX_COMPANION_BYTES = 256 << 20
@@ -132,8 +132,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def companion_names(names: Iterable[str]) -> list[str]:
     """Those names that are tokenizer, template, generation and licence files."""
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
-            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in NO_COMPANION)]
+    return [name for name in names if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in COMPANIONS)
+            and not any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in NO_COMPANION)]
 
 
 def shard_names(present: list[str], index: dict[str, Any] | None, where: str) -> list[str]:

@@ -171,12 +171,17 @@ class ShardWriter:
             mode = os.O_RDONLY if path == final else os.O_RDWR
             self._descriptors[shard.file_name] = os.open(path, mode | os.O_CLOEXEC)
         except OSError as error:
-            raise _storage_error(error, part, size, "the file") from None
+            raise _storage_error(error, part, self._outstanding(), "the output") from None
         found = memoryview(bytearray(len(header)))
         complete = read_into(self._descriptors[shard.file_name], found, 0)
         if not complete or found != header or path.stat().st_size != size:
             raise OutputError(f"{path}: holds other tensors than this run writes; use --restart to begin again, or "
                               "another --out")
+
+    def _outstanding(self) -> int:
+        """Bytes of the files that have no room reserved yet."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.specs
+                   if not any((self.folder / (shard.file_name + end)).exists() for end in ("", PART)))
 
     def _write_index(self) -> None:
         index = {"metadata": {"total_size": sum(spec.nbytes for spec, _, _ in self._places.values())},
@@ -211,7 +216,7 @@ def _allocate(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in NO_FALLOCATE:
             raise
-        os.ftruncate(descriptor, size)  # a file system without reservations: the disk may still fill up later
+        os.ftruncate(descriptor, size)  # this file system reserves nothing: the disk may still fill up later
 
 
 def _sync_folder(folder: Path) -> None:

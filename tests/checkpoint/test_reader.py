@@ -113,8 +113,8 @@ def test_hashes_are_sha256_of_weights_index_and_config(tmp_path: Path, monkeypat
 
 
 def test_companions_are_the_small_files_of_the_model(tmp_path: Path) -> None:
-    wanted = ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "chat_template.jinja", "generation_config.json", "merges.txt",
-              "preprocessor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+    wanted = ["LICENSE.txt", "License", "NOTICE", "USE_POLICY.md", "chat_template.jinja", "generation_config.json",
+              "merges.txt", "preprocessor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
               "tokenizer_config.json", "vocab.json"]
     for name in [*wanted, "README.md", "modeling_odd.py", "tokenization_odd.py", "tokenizer_evil.py", "events.log",
                  "training_args.bin", "tokenizer.pt", "optimizer.pt", ".gitattributes"]:

@@ -215,8 +215,12 @@ def test_missing_bytes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2 * 10**9))
-    with pytest.raises(StorageError, match=r"needs 5.000 GB and 2.000 GB are free \(3.000 GB are missing\)"):
-        ShardWriter(tmp_path, plan_shards([TensorSpec("t", torch.uint8, (5 * 10**9,))], 1 << 60))
+    specs = [TensorSpec(name, torch.uint8, (5 * 10**9,)) for name in "ab"]
+    with pytest.raises(StorageError, match=r"output needs 10.000 GB and 2.000 GB are free \(8.000 GB are missing\)"):
+        ShardWriter(tmp_path, plan_shards(specs, 1))
+    (tmp_path / "model-00002-of-00002.safetensors.part").touch()  # has its room already
+    with pytest.raises(StorageError, match=r"output needs 5.000 GB"):
+        ShardWriter(tmp_path, plan_shards(specs, 1))
 
 
 def test_a_file_system_without_reservations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
