@@ -106,8 +106,7 @@ class BlockArguments:
 
     def record(self, name: str, index: int, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of a block; those of a later batch of the same size must be equal. Raises ModelError."""
-        known = self._recorded.setdefault((index, size), (args, kwargs))
-        if known[0] is not args and not _same(known, (args, kwargs)):
+        if not _same(self._recorded.setdefault((index, size), (args, kwargs)), (args, kwargs)):
             raise ModelError(f"{name} receives arguments that depend on the text (not only on its length); models of "
                              "this kind cannot be run block by block")
 
@@ -186,7 +185,7 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
         if index == 0:
             state["hidden"] = hidden
             if hidden.shape != (batch.stop - batch.start, *store.shape[1:]):
-                raise ModelError(f"{skeleton.model_type}: its blocks receive hidden states of shape {list(hidden.shape)}, "
+                raise ModelError(f"{skeleton.model_type}: the blocks receive hidden states {list(hidden.shape)}, "
                                  "not [samples, tokens, hidden]; models of this kind cannot be run block by block")
             store.write(batch, hidden)
         elif hidden is not state["hidden"]:

@@ -159,12 +159,12 @@ def _dataset(source: str, text_tokenizer: Any) -> Iterator[str]:
     except ImportError:
         raise CalibrationError(f"calibration source '{source}': Hub datasets need the datasets package: {INSTALL}") \
             from None
-    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
 
     def records() -> Iterator[dict[str, Any]]:
         try:
             yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        except (OSError, ValueError, KeyError, RuntimeError, httpx.HTTPError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, *HfHubHTTPError.__bases__) as error:
             raise CalibrationError(f"calibration dataset '{source}' cannot be read: {_short(error)}") from None
 
     return _fields(records(), field or None, source, text_tokenizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qtool.errors import CalibrationError, ModelError
@@ -16,9 +17,9 @@ from qtool.models import experts, families, tokenizer
 from qtool.tensors import TensorSpec
 
 OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "video_config")
-# What transformers raises on a config that its code cannot use; its own classes derive from these.
+# What transformers raises on a config that its code cannot use.
 BAD_CONFIG = (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ImportError,
-              AssertionError, OSError)
+              AssertionError, OSError, StrictDataclassError)
 MAX_NAMED = 4  # tensor names in one message
 
 
@@ -138,7 +139,8 @@ def _blocks(directory: Path, model: nn.Module) -> tuple[str, ...]:
         if not isinstance(module, nn.ModuleList) or (nested and path.startswith(nested)):
             continue
         nested = path + "."
-        with_linears = all(any(isinstance(part, nn.Linear) for part in block.modules()) for block in module)
+        with_linears = all(any(isinstance(part, nn.Linear) and part is not block for part in block.modules())
+                           for block in module)
         if with_linears and len(module) > len(best):
             best = tuple(f"{path}.{index}" for index in range(len(module)))
     if not best:
