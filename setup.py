@@ -29,8 +29,8 @@ def torch_folder():
 
 
 def nvcc_command(source, target, include, extra=()):
-    return ["nvcc", "-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC", "-DUSE_CUDA", *ABI, *ARCHITECTURES, *extra,
-            f"-I{include}", "-c", source, "-o", str(target)]
+    return ["nvcc", "-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC", "-DUSE_CUDA", *ABI, *ARCHITECTURES,
+            *extra, f"-I{include}", "-c", source, "-o", str(target)]
 
 
 class BuildNative(build_ext):
@@ -53,8 +53,8 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath("qtool._native"))
         target.parent.mkdir(parents=True, exist_ok=True)
         # no contraction into fused multiply-add: every instruction set must give the same bits
-        flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi",
-                 *ABI, f"-I{folder / 'include'}"]
+        flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+                 "-Wno-psabi", *ABI, f"-I{folder / 'include'}"]
         objects, running = [], []
         for source in CPU_SOURCES:
             objects.append(str(work / (Path(source).stem + ".o")))
@@ -69,8 +69,8 @@ class BuildNative(build_ext):
         if cuda and CUDA_SOURCES:
             toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
             libraries += [f"-L{toolkit / 'lib64'}", "-lcudart", "-ltorch_cuda"]
-        subprocess.run([compiler, "-shared", *objects, "-o", str(target), f"-L{folder / 'lib'}", *libraries], check=True,
-                       cwd=ROOT)
+        subprocess.run([compiler, "-shared", *objects, "-o", str(target), f"-L{folder / 'lib'}", *libraries],
+                       check=True, cwd=ROOT)
 
     def get_outputs(self):
         target = self.get_ext_fullpath("qtool._native")
@@ -99,7 +99,8 @@ class CompileCuda(Command):
         work = ROOT / "build" / "cuda"
         work.mkdir(parents=True, exist_ok=True)
         for source in CUDA_SOURCES:
-            subprocess.run(nvcc_command(source, work / (Path(source).stem + ".o"), folder / "include"), check=True, cwd=ROOT)
+            command = nvcc_command(source, work / (Path(source).stem + ".o"), folder / "include")
+            subprocess.run(command, check=True, cwd=ROOT)
             print(f"compiled {source}")
 
 

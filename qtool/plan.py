@@ -219,7 +219,7 @@ def _match(recipe: Recipe, skeleton: Skeleton) -> tuple[list[LinearPlan], list[t
         used.add(rule)
         if rule is not None and scheme is not None:
             raise PlanError(f"rule '{recipe.rules[rule].match}' asks to quantize the output head {skeleton.head}, "
-                            "which this version cannot do; put a rule before it: {match: " + skeleton.head + ", skip: true}")
+                            f"which this version cannot do; put a rule before it: match: {skeleton.head}, skip: true")
         kept.append((skeleton.head, "the output head stays in the model's dtype"))
     kept += [(name, "routers are not quantized") for name in skeleton.routers]
     for index, rule in enumerate(recipe.rules):

@@ -6,6 +6,7 @@ written only after everything that it speaks of is on the disk, so a kill loses 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -39,15 +40,18 @@ class Workspace:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from None
-        self._lock()
-        if self.restart:
-            self._clear()
-        self._read_journal()
+        with contextlib.ExitStack() as held:
+            self._lock()
+            held.callback(os.close, self._descriptor)
+            if self.restart:
+                self._clear()
+            self._read_journal()
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  trace: TracebackType | None) -> None:
-        os.close(self._descriptor)
+        self._held.close()
 
     def record(self, stage: str, result: dict[str, Any]) -> None:
         """Add a finished stage; on return it will not be done again."""

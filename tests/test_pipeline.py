@@ -202,7 +202,7 @@ def test_plans_that_cannot_be(settings: dict[str, Any], words: str, tmp_path: Pa
 def test_rules_and_group_auto(tmp_path: Path) -> None:
     model = tiny.make(tmp_path / "model", "llama")
     result = quantize(model, tmp_path / "out", scheme__group_size="auto", rules=[
-        {"match": "*.down_proj", "bits": 8}, {"match": "*.layers.0.*", "skip": True}])
+        {"match": "*.layers.0.*", "skip": True}, {"match": "*.down_proj", "bits": 8}])
     schemes = {layer["name"]: layer["scheme"] for layer in result["layers"]}
     assert not any(".layers.0." in name for name in schemes)
     assert {scheme["group_size"] for scheme in schemes.values()} == {64}

@@ -44,7 +44,7 @@ def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group_size: int, 
     _matrix("weight", weight)
     _groups(weight.shape[1], group_size)
     _range("bits", bits, 2, 8)
-    _require(importance.shape == (weight.shape[1],), f"importance {tuple(importance.shape)} for weight {_shape(weight)}")
+    _require(importance.shape == (weight.shape[1],), f"importance {_shape(importance)} for weight {_shape(weight)}")
     _require(scale_dtype in SCALE_TYPES, f"scale_dtype {scale_dtype}")
     _require(shrink_steps >= 1 and rounds >= 0, f"shrink_steps {shrink_steps}, rounds {rounds}")
     return _ops.fit_affine(_float(weight), _float(importance), group_size, bits, symmetric,
@@ -72,8 +72,8 @@ def solve_columns(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tenso
                   zero_point: torch.Tensor, group_index: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """GPTQ within B <= 256 columns, left to right: codes uint8 [N, B] and D = weight - value, float32 [N, B].
 
-    t_j = weight_j + shift_j + Σ_{i<j} D_i factor_ij; code_j is nearest to t_j. weight, shift [N, B]; factor [B, B] (above
-    the diagonal); scale, zero_point [N, G]; group_index int32 [B] names each column's group.
+    t_j = weight_j + shift_j + Σ_{i<j} D_i factor_ij; code_j is nearest to t_j. weight, shift [N, B]; factor [B, B]
+    (above the diagonal); scale, zero_point [N, G]; group_index int32 [B] names each column's group.
     """
     _matrix("weight", weight)
     _block(weight, shift, factor, scale, zero_point, group_index, bits)
@@ -109,7 +109,8 @@ def unpack_bits(words: torch.Tensor, bits: int, count: int, transposed: bool = F
     _matrix("words", words, torch.int32)
     _range("bits", bits, 2, 8)
     have = words.shape[0 if transposed else 1]
-    _require(count >= 0 and have == _library.words(count, bits), f"{have} words cannot hold {count} codes of {bits} bits")
+    _require(count >= 0 and have == _library.words(count, bits),
+             f"{have} words cannot hold {count} codes of {bits} bits")
     return _ops.unpack_bits(words.contiguous(), bits, count, transposed)
 
 
@@ -156,9 +157,10 @@ def _block(weight: torch.Tensor, second: torch.Tensor, square: torch.Tensor, sca
     _require(second.shape == weight.shape and square.shape == (columns, columns),
              f"shapes {_shape(weight)}, {_shape(second)} and {_shape(square)} do not fit")
     _require(scale.dim() == 2 and scale.shape == zero_point.shape and scale.shape[0] == rows
-             and zero_point.dtype == torch.uint8, f"scale {_shape(scale)}, zero point {_shape(zero_point)} for {rows} rows")
+             and zero_point.dtype == torch.uint8,
+             f"scale {_shape(scale)}, zero point {_shape(zero_point)} for {rows} rows")
     _require(group_index.shape == (columns,) and group_index.dtype == torch.int32,
              f"group_index is {group_index.dtype} {_shape(group_index)}, not int32 [{columns}]")
     if columns and group_index.device.type == "cpu":
         low, high = int(group_index.min()), int(group_index.max())
-        _require(0 <= low and high < scale.shape[1], f"group_index {low}..{high} for {scale.shape[1]} groups")
+        _require(low >= 0 and high < scale.shape[1], f"group_index {low}..{high} for {scale.shape[1]} groups")
