@@ -161,10 +161,13 @@ def _dataset(source: str, text_tokenizer: Any) -> Iterator[str]:
             from None
     from huggingface_hub.errors import HfHubHTTPError
 
+    # the library underneath (httpx, httpx2) changes with huggingface_hub's version; its errors are a base of this one
+    failures: tuple[type[BaseException], ...] = (OSError, ValueError, KeyError, RuntimeError, *HfHubHTTPError.__bases__)
+
     def records() -> Iterator[dict[str, Any]]:
         try:
             yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        except (OSError, ValueError, KeyError, RuntimeError, *HfHubHTTPError.__bases__) as error:
+        except failures as error:
             raise CalibrationError(f"calibration dataset '{source}' cannot be read: {_short(error)}") from None
 
     return _fields(records(), field or None, source, text_tokenizer)

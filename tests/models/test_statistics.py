@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtool.errors import CalibrationError, NumericalError
-from qtool.models import statistics
+from qtool.models import blocks, statistics
 from tests import tiny
 from tests.models.loaded import CPU, LENGTH, SAMPLES
 
@@ -220,3 +220,23 @@ def test_bf16_products_are_summed_in_float32():
     statistics.add_gram(total, x)
     exact = x.double().T @ x.double()
     torch.testing.assert_close(statistics.mirror(total).double(), exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_gpu_agrees_with_the_cpu(checkpoint, ids, family, dtype):
+    loaded, gpu = checkpoint(family), torch.device("cuda")
+    expected = collect(loaded, ids, 0)
+    store = loaded.store()
+    arguments = blocks.capture(loaded.skeleton, loaded.read, ids, store, gpu, dtype, BATCHES)
+    block = blocks.load_block(loaded.skeleton, 0, loaded.read, gpu, dtype)
+    found = statistics.collect(block, "model.layers.0", list(loaded.skeleton.block_linears(0)), arguments, 0, store,
+                               BATCHES, HELD_OUT, gpu, dtype)
+    assert list(found) == list(expected)
+    for names, stats in found.items():
+        assert stats.hessian.dtype == torch.float32 and stats.hessian.is_cuda
+        if dtype == torch.float32:
+            torch.testing.assert_close(stats.hessian.cpu(), expected[names].hessian, rtol=1e-3, atol=1e-3)
+    statistics.propagate(block, "model.layers.0", arguments, 0, store, BATCHES, gpu, dtype)
+    assert store.read(slice(0, SAMPLES)).isfinite().all()
