@@ -247,7 +247,8 @@ class Stream:
         plan = job.plan
         count = 2 if plan.float_stream else 1
         budget = int(plan.recipe.memory_budget_gb * 1e9) // count
-        stores = [StreamStore(*tokens.ids.shape, plan.skeleton.hidden, plan.model_dtype, budget, work.folder)
+        samples, length = tokens.ids.shape
+        stores = [StreamStore(samples, length, plan.skeleton.hidden, plan.model_dtype, budget, work.folder)
                   for _ in range(count)]
         settings = plan.recipe.calibration
         batches, held_out = batches_for(plan.samples, settings.sequence_length, settings.batch_tokens,

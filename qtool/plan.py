@@ -222,9 +222,9 @@ def _match(recipe: Recipe, skeleton: Skeleton) -> tuple[list[LinearPlan], list[t
                             f"which this version cannot do; put a rule before it: match: {skeleton.head}, skip: true")
         kept.append((skeleton.head, "the output head stays in the model's dtype"))
     kept += [(name, "routers are not quantized") for name in skeleton.routers]
-    for index, rule in enumerate(recipe.rules):
+    for index, idle in enumerate(recipe.rules):
         if index not in used:
-            raise PlanError(f"rule '{rule.match}' decides nothing: it matches no linear, or earlier rules match all "
+            raise PlanError(f"rule '{idle.match}' decides nothing: it matches no linear, or earlier rules match all "
                             f"that it does; a linear's name is like {next(iter(skeleton.block_linears(0)), 'none')}")
     if not linears:
         raise PlanError("no linear is left to quantize: every one is skipped by a rule; remove a rule")

@@ -7,7 +7,9 @@ kernel that PyTorch's dispatcher chooses by the device of the tensors.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,9 +62,10 @@ def _fake_unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-de
     return packed.new_empty(shape, dtype=torch.uint8)
 
 
-FAKES = {"fit_affine": _fake_fit, "round_affine": _fake_codes, "dequantize_affine": _fake_values,
-         "solve_columns": _fake_pair, "refine_columns": _fake_pair, "pack_bits": _fake_pack,
-         "unpack_bits": _fake_unpack}
+FAKES: dict[str, Callable[..., Any]] = {
+    "fit_affine": _fake_fit, "round_affine": _fake_codes, "dequantize_affine": _fake_values,
+    "solve_columns": _fake_pair, "refine_columns": _fake_pair, "pack_bits": _fake_pack, "unpack_bits": _fake_unpack,
+}
 
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
