@@ -43,8 +43,8 @@ check: $(READY)  ## ruff, the structure rules, mypy
 	$(BIN)/python -m pytest tests/test_structure.py
 	$(BIN)/mypy qtool
 
-bench: $(READY)  ## qtool beside llm-compressor in one run (DATA=folder with the WikiText-2 files)
-	bash benchmarks/run.sh $(DATA)
+bench: $(READY)  ## qtool beside llm-compressor in one run (DATA=folder with the WikiText-2 files, MODEL=directory)
+	bash benchmarks/run.sh $(DATA) $(MODEL)
 
 clean:  ## remove what the other targets made
 	rm -rf .venv* build demo bench-work *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis qtool/*.so
