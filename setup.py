@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent
 CPU_SOURCES = [f"qtool/csrc/{path.name}" for path in sorted((ROOT / "qtool" / "csrc").glob("*.cpp"))]
 CUDA_SOURCES = [f"kernels_cuda/{path.name}" for path in sorted((ROOT / "kernels_cuda").glob("*.cu"))]
 ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # PyTorch 2.11
-ARCHITECTURES = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+# Ampere and Hopper as machine code (8.6 and 8.9 run that of 8.0); newer GPUs compile the PTX when they load it
+ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
+                 "-gencode=arch=compute_90,code=compute_90"]
+HEADERS = [path.relative_to(ROOT).as_posix() for folder, pattern in (("qtool/csrc", "*.h"), ("qtool/csrc", "*.inc"),
+                                                                     ("kernels_cuda", "*"))
+           for path in sorted((ROOT / folder).glob(pattern))]
 
 
 def torch_folder():
@@ -28,9 +33,9 @@ def torch_folder():
     return Path(torch.__file__).parent, torch.version.cuda is not None
 
 
-def nvcc_command(source, target, include, extra=()):
-    return ["nvcc", "-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC", "-DUSE_CUDA", *ABI, *ARCHITECTURES,
-            *extra, f"-I{include}", "-c", source, "-o", str(target)]
+def nvcc_command(source, target, include):
+    return ["nvcc", "-O3", "-std=c++20", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *ABI,
+            *ARCHITECTURES, f"-I{include}", "-c", source, "-o", str(target)]
 
 
 class BuildNative(build_ext):
@@ -48,9 +53,9 @@ class BuildNative(build_ext):
 
     def build_one(self, folder, cuda):
         compiler = os.environ.get("CXX", "g++")
-        work = Path(self.build_temp) / "qtool"
+        work = Path(self.build_temp).resolve() / "qtool"
         work.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath("qtool._native"))
+        target = Path(self.get_ext_fullpath("qtool._native")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # no contraction into fused multiply-add: every instruction set must give the same bits
         flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
@@ -62,15 +67,15 @@ class BuildNative(build_ext):
         for process in running:
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, compiler)
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = [f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
         for source in CUDA_SOURCES if cuda else ():
             objects.append(str(work / (Path(source).stem + ".cu.o")))
             subprocess.run(nvcc_command(source, objects[-1], folder / "include"), check=True, cwd=ROOT)
-        if cuda and CUDA_SOURCES:
-            toolkit = Path(shutil.which("nvcc")).resolve().parent.parent
-            libraries += [f"-L{toolkit / 'lib64'}", "-lcudart", "-ltorch_cuda"]
-        subprocess.run([compiler, "-shared", *objects, "-o", str(target), f"-L{folder / 'lib'}", *libraries],
-                       check=True, cwd=ROOT)
+        linker = compiler
+        if cuda:  # nvcc links its runtime in, so that its version need not be the one that PyTorch brings
+            linker = "nvcc"
+            libraries.append("-ltorch_cuda")
+        subprocess.run([linker, "-shared", *objects, "-o", str(target), *libraries], check=True, cwd=ROOT)
 
     def get_outputs(self):
         target = self.get_ext_fullpath("qtool._native")
@@ -104,5 +109,5 @@ class CompileCuda(Command):
             print(f"compiled {source}")
 
 
-setup(ext_modules=[Extension("qtool._native", CPU_SOURCES, optional=True)],
+setup(ext_modules=[Extension("qtool._native", CPU_SOURCES, depends=HEADERS, optional=True)],
       cmdclass={"build_ext": BuildNative, "compile_cuda": CompileCuda})

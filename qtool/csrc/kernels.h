@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+constexpr int64_t kMaxColumns = 256;  // of solve_columns and refine_columns: their working tile is on the stack
+
 enum ScaleType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 struct FitOptions {
@@ -31,9 +33,17 @@ struct Kernels {
   void (*refine_columns)(const float* gradient, const float* hessian, const uint8_t* old_codes, const float* scale,
                          const uint8_t* zero, const int32_t* group_index, int64_t columns, int64_t groups,
                          int64_t bits, uint8_t* codes, float* delta, int64_t begin, int64_t end);
+  // Bit streams, little end first, codes [rows, count] <-> words [rows, words_of(count, bits)].
+  void (*pack_rows)(const uint8_t* codes, int64_t count, int64_t rows, int64_t bits, uint32_t* words, int64_t begin,
+                    int64_t end);
+  void (*unpack_rows)(const uint32_t* words, int64_t count, int64_t rows, int64_t bits, uint8_t* codes, int64_t begin,
+                      int64_t end);
+  // Along the first dimension: codes [count, width] <-> words [words_of(count, bits), width]; columns [begin, end).
+  void (*pack_columns)(const uint8_t* codes, int64_t count, int64_t width, int64_t bits, uint32_t* words, int64_t begin,
+                       int64_t end);
+  void (*unpack_columns)(const uint32_t* words, int64_t count, int64_t width, int64_t bits, uint8_t* codes,
+                         int64_t begin, int64_t end);
 };
-
-constexpr int64_t kMaxColumns = 256;  // of solve_columns and refine_columns: their working tile is on the stack
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
@@ -44,11 +54,10 @@ extern const Kernels kAvx512;
 // The kernels for this machine; force ("portable", "avx2", "avx512") is for tests. Null if it cannot run here.
 const Kernels* choose_kernels(const char* force);
 
-// Bit streams, little end first (formats: compressed-tensors rows, GPTQ columns). Rows of words: ceil(count*bits/32).
-void pack_rows(const uint8_t* codes, int64_t count, int64_t bits, uint32_t* words, int64_t begin, int64_t end);
-void unpack_rows(const uint32_t* words, int64_t count, int64_t bits, uint8_t* codes, int64_t begin, int64_t end);
-// Along the first dimension: codes [count, width], words [ceil(count*bits/32), width]; columns [begin, end) of width.
-void pack_columns(const uint8_t* codes, int64_t count, int64_t width, int64_t bits, uint32_t* words, int64_t begin,
-                  int64_t end);
-void unpack_columns(const uint32_t* words, int64_t count, int64_t width, int64_t bits, uint8_t* codes, int64_t begin,
-                    int64_t end);
+constexpr int64_t words_of(int64_t count, int64_t bits) { return (count * bits + 31) / 32; }
+
+// packing.cpp: the same for every instruction set
+void pack_rows(const uint8_t*, int64_t, int64_t, int64_t, uint32_t*, int64_t, int64_t);
+void unpack_rows(const uint32_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int64_t);
+void pack_columns(const uint8_t*, int64_t, int64_t, int64_t, uint32_t*, int64_t, int64_t);
+void unpack_columns(const uint32_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int64_t);

@@ -16,8 +16,6 @@ const Kernels* choose_kernels(const char* force) {
 
 namespace {
 
-int64_t words_of(int64_t count, int64_t bits) { return (count * bits + 31) / 32; }
-
 // One code at bit position `at` of a stream whose words lie `stride` apart; it may straddle two words.
 inline void put(uint32_t* words, int64_t stride, int64_t at, int64_t bits, uint32_t code) {
   const int64_t word = at >> 5, offset = at & 31;
@@ -34,7 +32,7 @@ inline uint8_t get(const uint32_t* words, int64_t stride, int64_t at, int64_t bi
 
 }  // namespace
 
-void pack_rows(const uint8_t* codes, int64_t count, int64_t bits, uint32_t* words, int64_t begin, int64_t end) {
+void pack_rows(const uint8_t* codes, int64_t count, int64_t, int64_t bits, uint32_t* words, int64_t begin, int64_t end) {
   const int64_t width = words_of(count, bits);
   for (int64_t row = begin; row < end; ++row) {
     uint32_t* out = words + row * width;
@@ -43,7 +41,7 @@ void pack_rows(const uint8_t* codes, int64_t count, int64_t bits, uint32_t* word
   }
 }
 
-void unpack_rows(const uint32_t* words, int64_t count, int64_t bits, uint8_t* codes, int64_t begin, int64_t end) {
+void unpack_rows(const uint32_t* words, int64_t count, int64_t, int64_t bits, uint8_t* codes, int64_t begin, int64_t end) {
   const int64_t width = words_of(count, bits);
   for (int64_t row = begin; row < end; ++row)
     for (int64_t i = 0; i < count; ++i) codes[row * count + i] = get(words + row * width, 1, i * bits, bits);

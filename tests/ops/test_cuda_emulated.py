@@ -1,0 +1,116 @@
+"""The CUDA kernels' logic where no GPU is: compiled for the CPU, threads as coroutines, compared with the CPU ops."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool import ops
+from qtool.ops import reference
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = re.compile(r"(\w+(?:<\d+>)?)<<<(.+?), (\w+), 0, stream>>>\((.*?)\);", re.DOTALL)
+NATURAL = (torch.float32, torch.float16, torch.bfloat16)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+class FitOptions(ctypes.Structure):
+    _fields_ = [("columns", ctypes.c_int64), ("group", ctypes.c_int64), ("bits", ctypes.c_int64),
+                ("symmetric", ctypes.c_bool), ("signed_scale", ctypes.c_bool), ("scale_type", ctypes.c_int64),
+                ("steps", ctypes.c_int64), ("rounds", ctypes.c_int64), ("shrink_min", ctypes.c_float)]
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Calls a launcher by name: tensors as pointers, integers as int64, no stream."""
+    folder = tmp_path_factory.mktemp("emulated")
+    source = "\n".join(LAUNCH.sub(r"emulated::launch(\2, \3, [&] { \1(\4); });", path.read_text())
+                       for path in sorted((ROOT / "kernels_cuda").glob("*.cu")) if path.name != "bindings.cu")
+    assert "<<<" not in source
+    (folder / "kernels.cpp").write_text(source)
+    library = folder / "kernels.so"
+    subprocess.run(["g++", "-O1", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-w",
+                    f"-I{ROOT / 'tests/ops/emulated'}", f"-I{ROOT / 'kernels_cuda'}", folder / "kernels.cpp",
+                    "-o", library], check=True)
+    loaded = ctypes.CDLL(str(library))
+
+    def call(name: str, *arguments: torch.Tensor | int | FitOptions) -> None:
+        converted: list[object] = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                assert argument.is_contiguous()
+                converted.append(ctypes.c_void_p(argument.data_ptr()))
+            elif isinstance(argument, int):
+                converted.append(ctypes.c_int64(argument))
+            else:
+                converted.append(ctypes.byref(argument))
+        assert loaded[f"cuda_{name}"](*converted, ctypes.c_void_p(0)) == 0
+
+    return call
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(*shape: int, bits: int = 4) -> torch.Tensor:
+    return torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("symmetric, signed", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("scale_type", [0, 1, 2])
+def test_fit(kernel: Callable[..., None], symmetric: bool, signed: bool, scale_type: int) -> None:
+    for rows, columns, group, steps, rounds in ((5, 64, 32, 24, 2), (3, 40, 40, 1, 0), (9, 21, 7, 5, 1)):
+        weight, importance = random(rows, columns), random(columns, seed=1).abs()
+        weight[0], weight[1, 3] = 0, float("nan")
+        scale, zero = torch.empty(rows, columns // group), torch.empty(rows, columns // group, dtype=torch.uint8)
+        options = FitOptions(columns, group, 4, symmetric, signed, scale_type, steps, rounds, 0.4)
+        kernel("fit_affine", weight, importance, options, scale, zero, rows)
+        expected = ops.fit_affine(weight, importance, group, 4, symmetric, NATURAL[scale_type], steps, 0.4, signed,
+                                  rounds)
+        assert torch.equal(scale, expected[0]) and torch.equal(zero, expected[1])
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 100, 128, 256])
+def test_sweeps(kernel: Callable[..., None], columns: int) -> None:
+    for rows in (1, 8, 11):
+        scale, zero = random(rows, 3).abs() / 8 + 0.01, random_codes(rows, 3)
+        index = (torch.arange(columns) % 3).to(torch.int32)
+        codes, change = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, columns)
+        weight, shift, factor = random(rows, columns), random(rows, columns, seed=1), 0.2 * random(columns, columns)
+        factor = factor.contiguous()  # not triangular: what lies below the diagonal must not be read
+        kernel("solve_columns", weight, shift, factor, scale, zero, index, columns, 3, 4, codes, change, rows)
+        expected = reference.solve_columns(weight, shift, factor, scale, zero, index, 4)
+        assert torch.equal(codes, expected[0]) and torch.equal(change, expected[1])
+
+        hessian, old = factor @ factor.T + torch.eye(columns), random_codes(rows, columns)
+        hessian[0, 0] = 0  # never moves
+        kernel("refine_columns", weight, hessian, old, scale, zero, index, columns, 3, 4, codes, change, rows)
+        expected = reference.refine_columns(weight, hessian, old, scale, zero, index, 4)
+        assert torch.equal(codes, expected[0]) and torch.equal(change, expected[1])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_elementwise(kernel: Callable[..., None], bits: int) -> None:
+    rows, columns, group = 7, 45, 15
+    weight, scale, zero = random(rows, columns), random(rows, 3) / 8, random_codes(rows, 3, bits=bits)
+    codes, values = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, columns)
+    kernel("round_affine", weight, scale, zero, columns, group, bits, codes, rows)
+    assert torch.equal(codes, ops.round_affine(weight, scale, zero, group, bits))
+    kernel("dequantize_affine", codes, scale, zero, columns, group, values, rows)
+    assert torch.equal(values, ops.dequantize_affine(codes, scale, zero, group))
+    for name, transposed, count, other in (("rows", False, columns, rows), ("columns", True, rows, columns)):
+        expected = ops.pack_bits(codes, bits, transposed)
+        words, back = torch.empty_like(expected), torch.empty_like(codes)
+        kernel(f"pack_{name}", codes, count, other, bits, words, other)
+        assert torch.equal(words, expected)
+        kernel(f"unpack_{name}", words, count, other, bits, back, other)
+        assert torch.equal(back, codes)
