@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qtool.ops import reference
+from qtool.ops import checks, reference
 
 SCHEMAS = {
     "fit_affine": "(Tensor weight, Tensor importance, int group, int bits, bool symmetric, int scale_type, int steps, "
@@ -29,49 +29,57 @@ SCHEMAS = {
 }
 
 
-def words(count: int, bits: int) -> int:
-    """32-bit words that hold `count` codes."""
-    return (count * bits + 31) // 32
-
-
-def _fake_fit(weight, importance, group, *_):  # type: ignore[no-untyped-def]
+# The shapes of the results, for tracing without data
+def _fit(weight, importance, group, *_):  # type: ignore[no-untyped-def]
     shape = (weight.shape[0], weight.shape[1] // group)
     return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.uint8)
 
 
-def _fake_codes(weight, *_):  # type: ignore[no-untyped-def]
+def _codes(weight, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(weight, dtype=torch.uint8)
 
 
-def _fake_values(codes, *_):  # type: ignore[no-untyped-def]
+def _values(codes, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def _fake_pair(weight, *_):  # type: ignore[no-untyped-def]
+def _pair(weight, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
 
 
-def _fake_pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
+def _pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
-    shape = (words(rows, bits), columns) if transposed else (rows, words(columns, bits))
+    shape = (checks.words(rows, bits), columns) if transposed else (rows, checks.words(columns, bits))
     return codes.new_empty(shape, dtype=torch.int32)
 
 
-def _fake_unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-def]
+def _unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-def]
     shape = (count, packed.shape[1]) if transposed else (packed.shape[0], count)
     return packed.new_empty(shape, dtype=torch.uint8)
 
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "fit_affine": _fake_fit, "round_affine": _fake_codes, "dequantize_affine": _fake_values,
-    "solve_columns": _fake_pair, "refine_columns": _fake_pair, "pack_bits": _fake_pack, "unpack_bits": _fake_unpack,
+SHAPES: dict[str, Callable[..., Any]] = {
+    "fit_affine": _fit, "round_affine": _codes, "dequantize_affine": _values, "solve_columns": _pair,
+    "refine_columns": _pair, "pack_bits": _pack, "unpack_bits": _unpack,
 }
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    """The op on tensors without data: the same check as before a real call, then the shapes."""
+    check, shapes = getattr(checks, name), SHAPES[name]
+
+    def fake(*arguments: Any) -> Any:
+        check(*arguments)
+        return shapes(*arguments)
+
+    return fake
+
 
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qtool::{_name}", FAKES[_name], lib=LIBRARY)
+    torch.library.register_fake(f"qtool::{_name}", _fake(_name), lib=LIBRARY)
 
 
 def _load() -> ctypes.CDLL | None:

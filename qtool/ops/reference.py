@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import torch
 
+from qtool.ops.checks import SCALE_TYPES
+
 LIMIT = 4096.0  # a quotient is clamped to this before rounding; beyond it every code saturates anyway
-SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The nearest value that dtype has, never zero and never infinite; float32."""
-    if dtype is torch.float32:
-        return scale
     smallest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
     size = scale.abs().to(dtype).float().clamp(smallest, torch.finfo(dtype).max)
-    return torch.where(scale < 0, -size, size)
+    return torch.where(torch.signbit(scale), -size, size)
 
 
 def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: int, symmetric: bool, scale_type: int,
@@ -60,7 +59,7 @@ class _Search:
 
     def steps(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Codes less the zero point, [N, G, group]."""
-        quotient = (self.tile * (1.0 / scale)[..., None]).clamp(-LIMIT, LIMIT).round()
+        quotient = (self.tile * (1.0 / scale)[..., None]).nan_to_num(-LIMIT).clamp(-LIMIT, LIMIT).round()
         return (quotient + zero[..., None]).clamp(0, self.top) - zero[..., None]
 
     def consider(self, scale: torch.Tensor, zero: torch.Tensor) -> None:

@@ -1,0 +1,130 @@
+"""What the arguments of each op must look like: one function per op, with the op's own arguments.
+
+The wrappers call these before the op, the shape functions (fakes) before they answer. A wrong argument is a bug in the
+caller: ValueError with the shapes in its text.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MAX_BLOCK = 256  # columns of solve_columns and refine_columns, kMaxColumns in csrc/kernels.h
+SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # ScaleType there
+
+
+def words(count: int, bits: int) -> int:
+    """32-bit words that hold `count` codes."""
+    return (count * bits + 31) // 32
+
+
+def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group: int, bits: int, symmetric: bool, scale_type: int,
+               steps: int, shrink_min: float, signed_scale: bool, rounds: int) -> None:
+    matrix("weight", weight, torch.float32)
+    groups(weight, group)
+    between("bits", bits, 2, 8)
+    require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
+            f"importance {shape(importance)} for weight {shape(weight)}")
+    between("scale_type", scale_type, 0, len(SCALE_TYPES) - 1)
+    require(steps >= 1 and rounds >= 0, f"shrink_steps {steps}, rounds {rounds}")
+    require(0 < shrink_min <= 1, f"shrink_min is {shrink_min}, not above 0 and at most 1")
+    one_device(weight, importance)
+
+
+def round_affine(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int, bits: int) -> None:
+    matrix("weight", weight, torch.float32)
+    between("bits", bits, 2, 8)
+    grid(weight, scale, zero, group)
+
+
+def dequantize_affine(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int) -> None:
+    matrix("codes", codes, torch.uint8)
+    grid(codes, scale, zero, group)
+
+
+def solve_columns(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor,
+                  zero: torch.Tensor, group_index: torch.Tensor, bits: int) -> None:
+    matrix("weight", weight, torch.float32)
+    matrix("shift", shift, torch.float32)
+    block(weight, shift, factor, scale, zero, group_index, bits)
+
+
+def refine_columns(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torch.Tensor, scale: torch.Tensor,
+                   zero: torch.Tensor, group_index: torch.Tensor, bits: int) -> None:
+    matrix("gradient", gradient, torch.float32)
+    matrix("codes", old_codes, torch.uint8)
+    block(gradient, old_codes, hessian, scale, zero, group_index, bits)
+
+
+def pack_bits(codes: torch.Tensor, bits: int, transposed: bool) -> None:
+    matrix("codes", codes, torch.uint8)
+    between("bits", bits, 2, 8)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int, transposed: bool) -> None:
+    matrix("words", packed, torch.int32)
+    between("bits", bits, 2, 8)
+    have = packed.shape[0 if transposed else 1]
+    require(count >= 0 and have == words(count, bits), f"{have} words cannot hold {count} codes of {bits} bits")
+
+
+def group_values(group_index: torch.Tensor, scale: torch.Tensor) -> None:
+    """Every column's group exists. Apart from the others because it reads values, which shape functions do not have."""
+    if group_index.numel():
+        low, high = (int(end) for end in group_index.aminmax())
+        require(low >= 0 and high < scale.shape[1], f"group_index {low}..{high} for {scale.shape[1]} groups")
+
+
+def require(right: bool, text: str) -> None:
+    if not right:
+        raise ValueError(f"qtool.ops: {text}")
+
+
+def shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def between(name: str, value: int, low: int, high: int) -> None:
+    require(low <= value <= high, f"{name} is {value}, not {low} to {high}")
+
+
+def matrix(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    require(tensor.dim() == 2, f"{name} has shape {shape(tensor)}, not two dimensions")
+    require(tensor.dtype == dtype, f"{name} is {tensor.dtype}, not {dtype}")
+
+
+def one_device(first: torch.Tensor, *others: torch.Tensor) -> None:
+    devices = [str(tensor.device) for tensor in (first, *others)]
+    require(len(set(devices)) == 1, f"tensors lie on different devices: {', '.join(devices)}")
+
+
+def groups(weight: torch.Tensor, group: int) -> None:
+    require(group > 0 and weight.shape[1] % group == 0, f"group_size {group} does not divide {weight.shape[1]} columns")
+
+
+def grid(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int) -> None:
+    groups(weight, group)
+    wanted = (weight.shape[0], weight.shape[1] // group)
+    require(scale.shape == wanted and zero.shape == wanted,
+            f"scale {shape(scale)} and zero point {shape(zero)} should be {list(wanted)}")
+    kinds(scale, zero)
+    one_device(weight, scale, zero)
+
+
+def kinds(scale: torch.Tensor, zero: torch.Tensor) -> None:
+    require(scale.dtype == torch.float32, f"scale is {scale.dtype}, not float32")
+    require(zero.dtype == torch.uint8, f"zero point is {zero.dtype}, not uint8")
+
+
+def block(weight: torch.Tensor, second: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor,
+          group_index: torch.Tensor, bits: int) -> None:
+    rows, columns = weight.shape
+    between("bits", bits, 2, 8)
+    require(columns <= MAX_BLOCK, f"{columns} columns are more than {MAX_BLOCK}")
+    require(second.shape == weight.shape and square.shape == (columns, columns) and square.dtype == torch.float32,
+            f"shapes {shape(weight)}, {shape(second)} and {shape(square)} do not fit")
+    require(scale.dim() == 2 and scale.shape == zero.shape and scale.shape[0] == rows,
+            f"scale {shape(scale)}, zero point {shape(zero)} for {rows} rows")
+    kinds(scale, zero)
+    require(group_index.shape == (columns,) and group_index.dtype == torch.int32,
+            f"group_index is {group_index.dtype} {shape(group_index)}, not int32 [{columns}]")
+    one_device(weight, second, square, scale, zero, group_index)
