@@ -26,10 +26,10 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     began = time.monotonic()
-    step("quantize", source, "--method", "gptq", "--bits", "4", "--group-size", "64", "--samples", "48",
+    step("quantize", source, "--method", "gptq", "--bits", "4", "--group-size", "64", "--samples", "32",
          "--out", str(out))
     step("inspect", str(out))
-    step("eval", str(out), "--against", source, "--windows", "12")
+    step("eval", str(out), "--against", source, "--windows", "8")
     totals = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["totals"]
     print(f"\n{out}: {totals['weight_bytes'] / 1e6:.0f} MB of {totals['source_bytes'] / 1e6:.0f} MB, "
           f"in {time.monotonic() - began:.0f} s with the evaluation. Try next: qtool inspect {out} --layers")
