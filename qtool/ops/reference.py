@@ -29,18 +29,18 @@ def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group: int, bits:
     flat = ~(span > 0)
     best = [torch.full_like(low, torch.inf), torch.ones_like(low), torch.full_like(low, middle if symmetric else 0)]
     search = _Search(tile, importance.reshape(1, -1, group), top, best)
-    side = torch.where(high.abs() > low.abs(), -1.0, 1.0)
     one = torch.ones_like(low)
+    side = torch.where(high.abs() > low.abs(), -one, one) if symmetric and signed_scale else one
+    # a tensor, because CUDA divides by a number with a multiplication
+    parts = one * (middle if symmetric and signed_scale else top / 2 if symmetric else top)
     for step in range(steps):
         shrink = 1.0 if steps == 1 else _float32(1 + _float32(_float32(shrink_min - 1) * _float32(step / (steps - 1))))
+        scale = torch.where(flat, one, stored(span * shrink / parts * side, dtype))
         if symmetric:
-            scale = span * shrink / middle * side if signed_scale else span * shrink / (top / 2)
-            scale = torch.where(flat, one, stored(scale, dtype))
-            search.consider(scale, torch.full_like(low, middle))
+            search.consider(scale, one * middle)
             if signed_scale and steps > 1:
-                search.consider(torch.where(flat, scale, -scale), torch.full_like(low, middle))
+                search.consider(-scale, one * middle)
             continue
-        scale = torch.where(flat, one, stored(span * shrink / top, dtype))
         zero = (-(low.clamp(max=0) * shrink) / scale).clamp(-LIMIT, LIMIT).round()
         for move in (0.0, -1.0, 1.0) if steps > 1 else (0.0,):
             search.consider(scale, (zero + move).clamp(0, top))

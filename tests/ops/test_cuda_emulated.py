@@ -71,6 +71,7 @@ def test_fit(kernel: Callable[..., None], symmetric: bool, signed: bool, scale_t
     for rows, columns, group, steps, rounds in ((5, 64, 32, 24, 2), (3, 40, 40, 1, 0), (9, 21, 7, 5, 1)):
         weight, importance = random(rows, columns), random(columns, seed=1).abs()
         weight[0], weight[1, 3] = 0, float("nan")
+        importance[:group] = 0  # all candidates are equal: the first must win
         scale, zero = torch.empty(rows, columns // group), torch.empty(rows, columns // group, dtype=torch.uint8)
         options = FitOptions(columns, group, 4, symmetric, signed, scale_type, steps, rounds, 0.4)
         kernel("fit_affine", weight, importance, options, scale, zero, rows)

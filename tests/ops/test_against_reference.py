@@ -1,0 +1,132 @@
+"""Every op gives the reference's bits, on every device, for any shape. The reference runs on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtool import ops
+from qtool.ops import reference
+from tests.ops import cases
+
+ROWS, BITS, GROUPS = st.integers(0, 40), st.integers(2, 8), st.integers(1, 4)
+GRIDS = st.sampled_from([(True, True), (True, False), (False, False)])  # symmetric, signed
+anything = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@given(rows=ROWS, groups=GROUPS, group=st.integers(1, 40), bits=BITS, kind=GRIDS, steps=st.integers(1, 8),
+       rounds=st.integers(0, 2))
+@anything
+def test_fit_affine(device: str, dtype: torch.dtype, rows: int, groups: int, group: int, bits: int,
+                    kind: tuple[bool, bool], steps: int, rounds: int) -> None:
+    weight, weighting = cases.weights(rows, groups * group), cases.importance(groups * group)
+    actual = ops.fit_affine(weight.to(device), weighting.to(device), group, bits, kind[0], dtype, steps, 0.4, kind[1],
+                            rounds)
+    expected = reference.fit_affine(weight, weighting, group, bits, kind[0], ops.SCALE_TYPES.index(dtype), steps, 0.4,
+                                    kind[1], rounds)
+    assert cases.same(actual, expected)
+    scale = actual[0].cpu()
+    assert torch.equal(scale, scale.to(dtype).float()) and (scale != 0).all() and scale.isfinite().all()
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("group", [600, 1536])
+def test_fit_affine_with_long_groups(device: str, group: int) -> None:
+    weight, weighting = cases.weights(18, group), cases.importance(group)
+    actual = ops.fit_affine(weight.to(device), weighting.to(device), group, 4, False, torch.float16, 3, rounds=1)
+    assert cases.same(actual, reference.fit_affine(weight, weighting, group, 4, False, 1, 3, 0.4, True, 1))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-8, 1e-5, 1e4, 1e10, 1e38])
+def test_fit_affine_at_the_ends_of_float(device: str, dtype: torch.dtype, size: float) -> None:
+    weight = (cases.weights(12, 32).double() * size).float()
+    weight[3, 3], weight[4, 4], weight[5, 5], weight[6] = float("nan"), float("inf"), -float("inf"), float("nan")
+    weighting = cases.importance(32)
+    for symmetric, signed in ((True, True), (True, False), (False, False)):
+        scale, zero = ops.fit_affine(weight.to(device), weighting.to(device), 16, 4, symmetric, dtype, 5, 0.4, signed)
+        expected = reference.fit_affine(weight, weighting, 16, 4, symmetric, ops.SCALE_TYPES.index(dtype), 5, 0.4,
+                                        signed, 2)
+        assert cases.same((scale, zero), expected)
+        assert scale.isfinite().all() and (scale != 0).all() and torch.equal(scale, scale.to(dtype).float())
+        actual = ops.round_affine(weight.to(device), scale, zero, 16, 4)
+        assert cases.same(actual, reference.round_affine(weight, *expected, 16, 4))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@given(rows=ROWS, groups=GROUPS, group=st.integers(1, 70), bits=BITS)
+@anything
+def test_round_and_dequantize(device: str, dtype: torch.dtype, rows: int, groups: int, group: int, bits: int) -> None:
+    weight = cases.weights(rows, groups * group).to(dtype)
+    scale, zero = cases.grid(rows, groups, bits)
+    codes = ops.round_affine(weight.to(device), scale.to(device), zero.to(device), group, bits)
+    assert cases.same(codes, reference.round_affine(weight.float(), scale, zero, group, bits))
+    values = ops.dequantize_affine(codes, scale.to(device), zero.to(device), group)
+    assert cases.same(values, reference.dequantize_affine(codes.cpu(), scale, zero, group))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(rows=ROWS, columns=st.integers(0, 256), groups=GROUPS, bits=BITS)
+@anything
+def test_solve_columns(device: str, rows: int, columns: int, groups: int, bits: int) -> None:
+    factor = 0.1 * cases.weights(columns, columns, 2)  # full: what lies below the diagonal must not matter
+    arguments = (cases.weights(rows, columns), 0.1 * cases.weights(rows, columns, 1), factor,
+                 *cases.grid(rows, groups, bits), cases.group_index(columns, groups))
+    actual = ops.solve_columns(*(tensor.to(device) for tensor in arguments), bits)
+    assert cases.same(actual, reference.solve_columns(*arguments, bits))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(rows=ROWS, columns=st.integers(0, 256), groups=GROUPS, bits=BITS, stuck=st.booleans())
+@anything
+def test_refine_columns(device: str, rows: int, columns: int, groups: int, bits: int, stuck: bool) -> None:
+    hessian = cases.hessian(columns)
+    if stuck and columns:
+        hessian[0, 0], hessian[-1, -1] = 0, -1
+    arguments = (cases.weights(rows, columns), hessian, cases.codes(rows, columns, bits),
+                 *cases.grid(rows, groups, bits), cases.group_index(columns, groups))
+    actual = ops.refine_columns(*(tensor.to(device) for tensor in arguments), bits)
+    assert cases.same(actual, reference.refine_columns(*arguments, bits))
+    if stuck and columns:
+        assert not actual[1][:, [0, -1]].any()
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(bits=BITS, other=st.integers(0, 9), count=st.integers(0, 150), transposed=st.booleans(),
+       seed=st.integers(0, 99))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_packing(device: str, bits: int, other: int, count: int, transposed: bool, seed: int) -> None:
+    codes = cases.codes(*((count, other) if transposed else (other, count)), bits, seed)
+    packed = ops.pack_bits(codes.to(device), bits, transposed)
+    assert cases.same(packed, reference.pack_bits(codes, bits, transposed))
+    assert cases.same(ops.unpack_bits(packed, bits, count, transposed), codes)
+    assert cases.same(reference.unpack_bits(packed.cpu(), bits, count, transposed), codes)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_any_strides(device: str) -> None:
+    weight, other = cases.weights(96, 40).t().to(device), cases.weights(80, 192)[::2, ::2].to(device)
+    scale, zero = (tensor.to(device) for tensor in cases.grid(40, 3, 4))
+    wide = scale.repeat_interleave(2, 1)[:, ::2], zero.repeat_interleave(2, 1)[:, ::2]
+    weighting, index = cases.importance(192)[::2].to(device), cases.group_index(192, 3)[::2].to(device)
+    square = cases.hessian(192)[::2, ::2].to(device)
+    codes = cases.codes(96, 80, 4).t()[::2].to(device)
+    words = ops.pack_bits(codes, 4)
+    spread = words.repeat_interleave(3, 1)[:, ::3]
+    calls = [
+        (ops.fit_affine, (weight, weighting, 32, 4, True, torch.float16)),
+        (ops.round_affine, (weight, *wide, 32, 4)), (ops.dequantize_affine, (codes, *wide, 32)),
+        (ops.solve_columns, (weight, other, square, *wide, index, 4)),
+        (ops.refine_columns, (weight, square, codes, *wide, index, 4)),
+        (ops.pack_bits, (codes, 4)), (ops.pack_bits, (codes, 4, True)), (ops.unpack_bits, (spread, 4, 96)),
+    ]
+    for op, arguments in calls:
+        assert any(isinstance(one, torch.Tensor) and not one.is_contiguous() for one in arguments)
+        plain = [one.contiguous() if isinstance(one, torch.Tensor) else one for one in arguments]
+        assert cases.same(op(*arguments), op(*plain)), op.__name__

@@ -1,0 +1,104 @@
+"""The ops as PyTorch sees them: schemas, shape functions, wrong arguments, and life without compiled kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtool import ops
+from qtool.ops import _library
+from tests.ops import cases
+
+ROOT = Path(__file__).parents[2]
+
+
+def calls(device: str) -> dict[str, tuple[Any, ...]]:
+    """Right arguments of every op, as the schemas have them."""
+    weight, weighting, square = cases.weights(8, 64), cases.importance(64), cases.hessian(64)
+    (scale, zero), codes, index = cases.grid(8, 2, 4), cases.codes(8, 64, 4), cases.group_index(64, 2)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "fit_affine": (weight, weighting, 32, 4, True, 0, 3, 0.5, True, 1),
+        "round_affine": (weight, scale, zero, 32, 4), "dequantize_affine": (codes, scale, zero, 32),
+        "solve_columns": (weight, weight, square, scale, zero, index, 4),
+        "refine_columns": (weight, square, codes, scale, zero, index, 4),
+        "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
+    }
+    return {name: tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in given)
+            for name, given in arguments.items()}
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("name", sorted(_library.SCHEMAS))
+def test_opcheck(name: str, device: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.qtool, name).default, calls(device)[name])
+
+
+@pytest.mark.parametrize("name", sorted(_library.SCHEMAS))
+def test_shapes_without_data(name: str) -> None:
+    real, meta = (getattr(torch.ops.qtool, name)(*calls(device)[name]) for device in ("cpu", "meta"))
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (real, meta)), strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype and other.device.type == "meta"
+
+
+def test_shape_functions_check_arguments() -> None:
+    with pytest.raises(ValueError, match="does not divide 64 columns"):
+        torch.ops.qtool.round_affine(*calls("meta")["round_affine"][:3], 48, 4)
+
+
+BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: ops.fit_affine(torch.ones(2, 30), torch.ones(30), 16, 4, True, torch.float32), "does not divide 30"),
+    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(31), 16, 4, True, torch.float32), r"importance \[31\]"),
+    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 9, True, torch.float32), "bits is 9"),
+    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.int8), "scale_dtype torch.int8"),
+    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.float16, 0), "shrink_steps 0"),
+    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.float16, 2, 0.0), "shrink_min"),
+    (lambda: ops.fit_affine(torch.ones(2, 32).int(), torch.ones(32), 16, 4, True, torch.float32), "floating point"),
+    (lambda: ops.round_affine(torch.ones(2, 32), ONE, ONE, 32, 4), "not uint8"),
+    (lambda: ops.round_affine(torch.ones(2, 32), ONE, BYTE, 16, 4), r"should be \[2, 2\]"),
+    (lambda: ops.round_affine(torch.ones(2, 32), ONE.to("meta"), BYTE, 32, 4), "different devices: cpu, meta"),
+    (lambda: ops.pack_bits(torch.ones(3, dtype=torch.uint8), 4), "two dimensions"),
+    (lambda: ops.pack_bits(torch.ones(3, 3), 4), "codes is torch.float32"),
+    (lambda: ops.unpack_bits(torch.ones(3, 2, dtype=torch.int32), 4, 99), "2 words cannot hold 99"),
+    (lambda: solve(index=torch.full((8,), 3)), r"group_index 3\.\.3 for 1 groups"),
+    (lambda: solve(index=torch.full((8,), -1)), r"group_index -1\.\.-1"),
+    (lambda: solve(index=torch.zeros(7)), r"not int32 \[8\]"),
+    (lambda: solve(columns=257, index=torch.zeros(257)), "257 columns are more than 256"),
+    (lambda: solve(index=torch.zeros(8), factor=torch.ones(8, 7)), "do not fit"),
+])
+def test_wrong_arguments(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def solve(index: torch.Tensor, columns: int = 8, factor: torch.Tensor | None = None) -> object:
+    weight = torch.ones(2, columns)
+    factor = torch.ones(columns, columns) if factor is None else factor
+    return ops.solve_columns(weight, weight, factor, ONE, BYTE, index.to(torch.int32), 4)
+
+
+def test_a_library_that_does_not_load_leaves_the_reference(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "qtool", tmp_path / "qtool", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "qtool" / "_native.so").write_bytes(b"built for another machine")
+    script = ("import torch; from qtool import ops; print(ops.backend(), ops.native_available(), "
+              "ops.pack_bits(torch.ones(1, 8, dtype=torch.uint8), 4).tolist())")
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "reference (no compiled extension) False [[286331153]]\n"
+
+
+def test_installing_without_a_compiler_succeeds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    result = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path, "-t", tmp_path], cwd=ROOT,
+                            env={**os.environ, "CXX": str(tmp_path / "none")}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "the pure-torch ops will run" in result.stderr and not list(tmp_path.rglob("*.so"))
