@@ -91,7 +91,7 @@ def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
     matrices = 4 if work.float_stream else 2
     statistics = sum(columns**2 for _, columns in parents) * 4 * matrices
     solve = max((_solving(one.shape[0], one.shape[1], work) for one in _stacked(stage)), default=0)
-    batch = work.recipe.calibration.batch_tokens
+    batch = work.recipe.calibration.batch_tokens or 0  # the plan fills it in
     widest = max((max(one.shape) for one in stage.linears), default=0)
     forward = batch * (3 * widest + 6 * work.skeleton.hidden) * compute
     return elements * compute, statistics, solve, forward, elements * work.model_dtype.itemsize

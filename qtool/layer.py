@@ -35,35 +35,47 @@ class Layer:
 
 
 def damped(hessian: torch.Tensor, damping: float, mode: str) -> torch.Tensor:
-    """H + λ I for positive definiteness, dead inputs (H_jj = 0) given a unit diagonal. float32 or float64 [K, K].
+    """H + λ for positive definiteness, in a new matrix; see `damp`."""
+    return damp(hessian.clone(), damping, mode)
+
+
+def damp(hessian: torch.Tensor, damping: float, mode: str) -> torch.Tensor:
+    """Add λ to the diagonal of H [K, K] in place, dead inputs (H_jj = 0) given a unit diagonal first.
 
     mode "mean": λ = damping * mean(diag H), as in the GPTQ paper; "relative": λ_j = damping * H_jj.
     """
-    result = hessian.clone()
-    diagonal = result.diagonal()
+    diagonal = hessian.diagonal()
     diagonal[diagonal <= 0] = 1.0
     diagonal += damping * (diagonal.mean() if mode == "mean" else diagonal.clone())
-    return result
+    return hessian
 
 
-def factor(name: str, hessian: torch.Tensor, damping: float, mode: str) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Upper triangular R with H + λ = R Rᵀ: Cholesky of the index-reversed matrix (frontier 1.1), no inverse.
+def factor(name: str, hessian: torch.Tensor, damping: float, mode: str,
+           order: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Lower triangular L, float32 [K, K], with L Lᵀ = H + λ, its rows and columns taken in `order` (int64 [K]).
 
     A matrix that is not positive definite in float32 is tried in float64, then with ten times the damping, and so
     on up to damping 1; the notes say what was needed. Raises NumericalError when even that fails.
     """
-    if not torch.isfinite(hessian).all():
+    if not _finite(hessian):
         raise NumericalError(f"{name}: the Hessian has values that are not finite; check the calibration text")
     strength = damping
     while strength <= 1.0:
-        matrix = damped(hessian, strength, mode).flip(0, 1)
         for dtype in (torch.float32, torch.float64):
-            lower, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
+            # no copy of H outlives a line here: these matrices are the largest things in memory
+            matrix = hessian.clone() if order is None else hessian[order[:, None], order]
+            lower, failed = torch.linalg.cholesky_ex(damp(matrix, strength, mode).to(dtype))
+            del matrix
             if not int(failed):
                 notes: dict[str, Any] = {"damping": strength}
                 if dtype is torch.float64 or strength != damping:
                     precision = str(dtype).removeprefix("torch.")
                     notes["repaired"] = f"Hessian factored in {precision} at damping {strength:g}"
-                return lower.flip(0, 1).float(), notes
+                return lower.float(), notes
         strength = max(strength * 10, 1e-6)
     raise NumericalError(f"{name}: the Hessian is not positive definite even at damping 1; use more calibration tokens")
+
+
+def _finite(matrix: torch.Tensor) -> bool:
+    """Whether every element is; without a mask of the matrix's size."""
+    return all(bool(torch.isfinite(end)) for end in matrix.aminmax()) if matrix.numel() else True

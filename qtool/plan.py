@@ -136,7 +136,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     recipe, linears = _settle_groups(recipe, linears)
     _check(linears, format_)
     stages = _stages(skeleton, checkpoint, linears, format_, model_dtype, recipe.dtype != "auto")
-    samples = recipe.calibration.samples or (512 if target.type == "cuda" else 128)
+    recipe = _settle_calibration(recipe, target)
+    samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     calibrated = any(module.CALIBRATED for module, _ in steps)
     float_stream = any(getattr(module, "NEEDS_FLOAT_STREAM", False) for module, _ in steps)
@@ -229,6 +230,15 @@ def _match(recipe: Recipe, skeleton: Skeleton) -> tuple[list[LinearPlan], list[t
     if not linears:
         raise PlanError("no linear is left to quantize: every one is skipped by a rule; remove a rule")
     return linears, kept
+
+
+def _settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
+    """Fill in what depends on the device."""
+    given = recipe.calibration
+    fast = device.type == "cuda"
+    settled = {"samples": given.samples or (512 if fast else 128),
+               "batch_tokens": given.batch_tokens or (16_384 if fast else 2048)}
+    return recipe.model_copy(update={"calibration": given.model_copy(update=settled)})
 
 
 def _settle_groups(recipe: Recipe, linears: list[LinearPlan]) -> tuple[Recipe, list[LinearPlan]]:

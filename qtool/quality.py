@@ -15,8 +15,8 @@ def output_error(weight: torch.Tensor, difference: torch.Tensor, hessian: torch.
 
 def weight_error(weight: torch.Tensor, difference: torch.Tensor) -> float:
     """Relative squared error of the weights, |D|² / |W|²."""
-    reference = float(weight.double().square().sum())
-    return float(difference.double().square().sum()) / reference if reference > 0 else 0.0
+    reference = _square_sum(weight)
+    return _square_sum(difference) / reference if reference > 0 else 0.0
 
 
 def sqnr_db(relative_error: float) -> float | None:
@@ -26,3 +26,7 @@ def sqnr_db(relative_error: float) -> float | None:
 
 def _energy(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
     return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
+
+
+def _square_sum(matrix: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2  # converts as it goes, makes no copy

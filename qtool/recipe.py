@@ -68,13 +68,17 @@ class Rule(Strict):
 
 
 class Calibration(Strict):
-    """Which text is run through the model. samples None: 128 on a CPU, 512 on a GPU."""
+    """Which text is run through the model.
+
+    samples None: 128 on a CPU, 512 on a GPU.  batch_tokens None: 2,048 on a CPU (a batch then fits its caches),
+    16,384 on a GPU.
+    """
 
     source: str = "builtin"
     samples: int | None = Field(None, ge=1)
     sequence_length: int = Field(512, ge=8)
     held_out: float = Field(0.0625, ge=0.0, le=0.5)
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int | None = Field(None, ge=1)
 
 
 class Recipe(Strict):

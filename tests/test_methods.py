@@ -11,7 +11,7 @@ from qtool.grids import affine
 from qtool.layer import Layer, damped, factor
 from qtool.methods import asymmetric, gptq, refine, rtn
 from qtool.recipe import Scheme
-from qtool.tensors import CalibrationStats
+from qtool.tensors import CalibrationStats, QuantizedTensor
 
 SCHEMES = [Scheme(bits=4, group_size=32), Scheme(bits=3, group_size=32, symmetric=False), Scheme(bits=2, group_size=-1),
            Scheme(bits=8, group_size=64)]
@@ -115,12 +115,18 @@ def test_asymmetric_target_lowers_the_distance_to_the_unquantized_model() -> Non
     assert distance(moved.target) <= distance(half.target)
 
 
-def test_factor_is_the_reversed_cholesky() -> None:
+@pytest.mark.parametrize("mode", ["mean", "relative"])
+def test_factor_is_the_cholesky_in_the_order_asked_for(mode: str) -> None:
     hessian = problem(SCHEMES[0]).stats.hessian
-    upper, notes = factor("x", hessian, 0.01, "mean")
-    assert torch.equal(upper, upper.triu())
-    assert torch.allclose(upper @ upper.T, damped(hessian, 0.01, "mean"), rtol=1e-3, atol=1e-3)
-    assert notes == {"damping": 0.01}
+    before = hessian.clone()
+    order = torch.randperm(len(hessian), generator=torch.Generator().manual_seed(1))
+    for index, wanted in ((None, slice(None)), (order, order)):
+        lower, notes = factor("x", hessian, 0.01, mode, index)
+        assert torch.equal(lower, lower.tril())
+        expected = damped(hessian, 0.01, mode)[wanted][:, wanted]
+        assert torch.allclose(lower @ lower.T, expected, rtol=1e-3, atol=1e-3)
+        assert notes == {"damping": 0.01}
+    assert torch.equal(hessian, before)
 
 
 def test_indefinite_hessian_is_repaired_and_told() -> None:
@@ -142,6 +148,27 @@ def test_dead_inputs_are_rounded_not_zeroed() -> None:
     answer = gptq.run(layer, gptq.Options()).quantized
     step = answer.scale.float()[:, 0].abs()
     assert ((affine.decode(answer)[:, 5] - layer.weight[:, 5]).abs() <= step * 1.01).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("group", [32, 64, 48, 96, -1])
+@pytest.mark.parametrize("block", [32, 64])
+def test_refine_never_raises_the_loss_and_its_bookkeeping_is_exact(group: int, block: int) -> None:
+    columns = 192
+    layer = problem(Scheme(bits=3, group_size=group), columns=columns)
+    layer = rtn.run(layer, rtn.Options())
+    hessian = damped(layer.stats.hessian, 0.01, "mean")
+
+    def damped_loss(answer: QuantizedTensor) -> float:
+        return quality.output_error(layer.weight, layer.target - affine.decode(answer), hessian)
+
+    answer, last = layer.quantized, damped_loss(layer.quantized)
+    error = (layer.target - affine.decode(answer)) @ hessian
+    for _ in range(3):
+        answer = refine.sweep(answer, error, hessian, block, scales=True)
+        assert torch.allclose(error, (layer.target - affine.decode(answer)) @ hessian, rtol=1e-2, atol=1e-3)
+        assert damped_loss(answer) <= last * (1 + 1e-6)
+        last = damped_loss(answer)
+    assert last < 0.9 * damped_loss(layer.quantized)
 
 
 def test_refine_needs_codes() -> None:

@@ -37,8 +37,8 @@ def run(layer: Layer, options: Options) -> Layer:
         raise NumericalError(f"{layer.name}: the asymmetric target needs calibration statistics and got none")
     if stats.cross is None:  # experts: the two streams may route a token differently
         return layer.having(notes={"asymmetric": 0.0})
-    upper, _ = factor(layer.name, stats.hessian, options.damping, options.damping_mode)
-    direction = _solve(upper, layer.weight @ stats.cross)
+    lower, _ = factor(layer.name, stats.hessian, options.damping, options.damping_mode)
+    direction = _solve(lower, layer.weight @ stats.cross)
     strength = best_factor(layer.weight, direction, stats.held_out, stats.held_out_cross)
     strength = min(strength, options.limit) if options.factor == "auto" else float(options.factor)
     return layer.having(target=layer.weight + strength * direction, notes={"asymmetric": round(strength, 4)})
@@ -54,7 +54,7 @@ def best_factor(weight: torch.Tensor, direction: torch.Tensor, hessian: torch.Te
     return min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
 
 
-def _solve(upper: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """right (R Rᵀ)⁻¹ for right [N, K], R upper triangular."""
-    half = torch.linalg.solve_triangular(upper.T, right, upper=False, left=False)
-    return torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+def _solve(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """right (L Lᵀ)⁻¹ for right [N, K], L lower triangular."""
+    half = torch.linalg.solve_triangular(lower.T, right, upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False)

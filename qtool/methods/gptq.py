@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) as Babai's nearest plane (arXiv 2507.18553): one Cholesky, no inverse.
 
-With H + λI = R Rᵀ, R upper triangular, the layer loss is |D R|² for D = W - Q, and columns are chosen left to right:
-    t_j = W_j + Σ_{i<j} D_i R_ij / R_jj,   Q_j = nearest grid value to t_j,   D_j = W_j - Q_j.
+With H + λI = L Lᵀ the layer loss is |D L|² for D = W - Q, and columns are chosen from the last to the first:
+    t_j = W_j + Σ_{i>j} D_i L_ij / L_jj,   Q_j = nearest grid value to t_j,   D_j = W_j - Q_j.
 The grids are static: fitted to the original weights before any column is chosen. So the columns can be taken in any
 order (largest diag(H) first) while the file keeps its plain order and needs no g_idx.
 """
@@ -50,43 +50,42 @@ def run(layer: Layer, options: Options) -> Layer:
                                  rounds)
     group = grid.width(layer.scheme, layer.weight.shape[1])
 
-    order = column_order(layer.stats.hessian, options.order)
-    hessian = layer.stats.hessian if order is None else layer.stats.hessian[order][:, order]
-    upper, notes = factor(layer.name, hessian, options.damping, options.damping_mode)
-    upper /= upper.diagonal().clone()  # column j over R_jj: the feedback of column i on column j
-    codes = solve(layer.target, upper, scale, zero_point, layer.scheme.bits, group, order, options.block)
+    order = column_order(layer.stats.hessian, options.order).flip(0)  # the Cholesky factor wants the last first
+    feedback, notes = factor(layer.name, layer.stats.hessian, options.damping, options.damping_mode, order)
+    feedback /= feedback.diagonal().clone()  # column j over L_jj: the feedback of column i on column j
+    codes = solve(layer.target, feedback, scale, zero_point, layer.scheme.bits, group, order, options.block)
     quantized = QuantizedTensor(codes, scale.to(layer.scale_dtype), zero_point, layer.scheme.bits, group,
                                 layer.scheme.symmetric)
     return layer.having(quantized=quantized, notes=notes)
 
 
-def column_order(hessian: torch.Tensor, order: str) -> torch.Tensor | None:
-    """int64 [K], the order in which columns are chosen (ties by position), or None for left to right."""
+def column_order(hessian: torch.Tensor, order: str) -> torch.Tensor:
+    """int64 [K], the order in which columns are chosen (ties by position)."""
     if order == "none":
-        return None
+        return torch.arange(len(hessian), device=hessian.device)
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def solve(target: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int,
-          group: int, order: torch.Tensor | None, block: int) -> torch.Tensor:
+          group: int, order: torch.Tensor, block: int) -> torch.Tensor:
     """Codes uint8 [N, K] in the file's column order.
 
-    target: float32 [N, K].  feedback: float32 [K, K] upper triangular with unit diagonal, in solving order.
-    scale, zero_point: [N, G].  Left-looking: W is never rewritten, each block reads the D of all blocks before it.
+    target: float32 [N, K].  order: int64 [K], the columns from the one that is chosen last to the first.  feedback:
+    float32 [K, K] lower triangular with unit diagonal, rows and columns in that order.  scale, zero_point: [N, G].
+    Left-looking: W is never rewritten, each block reads the D of all blocks before it.
     """
-    columns = target.shape[1]
-    index = torch.arange(columns, device=target.device) if order is None else order
-    weight = target if order is None else target[:, order]
-    groups = (index // group).to(torch.int32)
+    weight = target[:, order]
+    groups = (order // group).to(torch.int32)
     difference = torch.empty_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, columns, block):
-        here = slice(start, min(start + block, columns))
-        shift = difference[:, :start] @ feedback[:start, here]
-        codes[:, here], difference[:, here] = ops.solve_columns(
-            weight[:, here], shift, feedback[here, here].triu(1), scale, zero_point, groups[here], bits)
-    if order is None:
-        return codes
+    for stop in range(weight.shape[1], 0, -block):
+        here = slice(max(0, stop - block), stop)
+        shift = difference[:, stop:] @ feedback[stop:, here]
+        chosen, left = ops.solve_columns(weight[:, here].flip(1), shift.flip(1),
+                                         feedback[here, here].flip(0, 1).triu(1), scale, zero_point,
+                                         groups[here].flip(0), bits)
+        codes[:, here], difference[:, here] = chosen.flip(1), left.flip(1)
+    del weight, difference
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result

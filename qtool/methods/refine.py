@@ -7,6 +7,7 @@ zero point, masked to group g, s_g += (E · c') / (c' H c'ᵀ), rounded to the s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -36,43 +37,59 @@ def run(layer: Layer, options: Options) -> Layer:
         raise RecipeError("the refine step improves codes that an earlier step chose: put it after gptq or rtn "
                           "in a calibrated recipe")
     hessian = damped(layer.stats.hessian, options.damping, options.damping_mode)
-    grid = found.load("grids", layer.scheme.grid)
     answer = layer.quantized
-    error = (layer.target - grid.decode(answer)) @ hessian
-    for sweep in range(options.sweeps):
-        if options.scales:
-            answer = refit_scales(answer, error, hessian)
-        answer = sweep_codes(answer, error, hessian, options.block)
-        if options.scales and sweep == options.sweeps - 1:
-            answer = refit_scales(answer, error, hessian)
+    error = (layer.target - found.load("grids", layer.scheme.grid).decode(answer)) @ hessian
+    for _ in range(options.sweeps):
+        answer = sweep(answer, error, hessian, options.block, options.scales)
     return layer.having(quantized=answer)
 
 
-def sweep_codes(answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor, block: int) -> QuantizedTensor:
-    """One sweep of coordinate descent; `error` (E = D H, float32 [N, K]) is updated in place."""
-    codes, scale = answer.codes.clone(), answer.scale.float()
-    groups = (torch.arange(codes.shape[1], device=codes.device) // answer.group_size).to(torch.int32)
-    for start in range(0, codes.shape[1], block):
-        here = slice(start, min(start + block, codes.shape[1]))
-        codes[:, here], change = ops.refine_columns(error[:, here], hessian[here, here], codes[:, here], scale,
-                                                    answer.zero_point, groups[here], answer.bits)
+def sweep(answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor, block: int,
+          scales: bool) -> QuantizedTensor:
+    """One pass over all codes and scales; `error` (E = D H, float32 [N, K]) is updated in place.
+
+    Columns are taken in blocks, with one product to bring E up to date after each. Groups that fit into a block have
+    their scales refitted before and after its codes move; longer ones once, before the pass.
+    """
+    codes, scale, group = answer.codes.clone(), answer.scale.clone(), answer.group_size
+    columns = codes.shape[1]
+    inside = group <= block
+    if scales and not inside:
+        refit_scales(codes, scale, answer.zero_point, group, error, hessian)
+    if inside:
+        block -= block % group
+    for start in range(0, columns, block):
+        here = slice(start, min(start + block, columns))
+        groups = slice(start // group, -(-here.stop // group))
+        local, square = error[:, here].clone(), hessian[here, here]
+        part, part_scale, zero_point = codes[:, here], scale[:, groups], answer.zero_point[:, groups]
+        before = ops.dequantize_affine(part, part_scale.float(), zero_point, group) if inside else None
+        if scales and inside:
+            refit_scales(part, part_scale, zero_point, group, local, square)
+        index = (torch.arange(start, here.stop, device=codes.device) // group - groups.start).to(torch.int32)
+        codes[:, here], change = ops.refine_columns(local, square, part, part_scale.float(), zero_point, index,
+                                                    answer.bits)
+        if before is not None:
+            if scales:
+                local -= change @ square
+                refit_scales(part, part_scale, zero_point, group, local, square)
+            change = ops.dequantize_affine(part, part_scale.float(), zero_point, group) - before
         error -= change @ hessian[here]
-    return QuantizedTensor(codes, answer.scale, answer.zero_point, answer.bits, answer.group_size, answer.symmetric)
+    return replace(answer, codes=codes, scale=scale)
 
 
-def refit_scales(answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor) -> QuantizedTensor:
-    """The least-squares scale of each group in turn, codes kept; `error` is updated in place."""
-    scale = answer.scale.clone()
-    for group in range(scale.shape[1]):
-        here = slice(group * answer.group_size, (group + 1) * answer.group_size)
-        steps = answer.codes[:, here].float() - answer.zero_point[:, group:group + 1].float()
+def refit_scales(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group: int, error: torch.Tensor,
+                 hessian: torch.Tensor) -> None:
+    """The least-squares scale of each group in turn, codes kept; `scale` and `error` are updated in place."""
+    for index in range(scale.shape[1]):
+        here = slice(index * group, (index + 1) * group)
+        steps = codes[:, here].float() - zero_point[:, index:index + 1].float()
         slope = (error[:, here] * steps).sum(1)
         curvature = ((steps @ hessian[here, here]) * steps).sum(1)
-        old = scale[:, group].float()
+        old = scale[:, index].float()
         new = (old + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)).to(scale.dtype)
         move = new.float() - old
         better = (curvature > 0) & (2 * move * slope > move.square() * curvature) & torch.isfinite(new) & (new != 0)
         move = torch.where(better, move, 0.0)
-        scale[:, group] = torch.where(better, new, scale[:, group])
+        scale[:, index] = torch.where(better, new, scale[:, index])
         error -= (move[:, None] * steps) @ hessian[here]
-    return QuantizedTensor(answer.codes, scale, answer.zero_point, answer.bits, answer.group_size, answer.symmetric)
