@@ -2,9 +2,8 @@
 
     python benchmarks/qwen3_8b_shapes.py OUT [--blocks 36] [--tokenizer DIR]
 
-The weights are normal with the deviation of real ones (0.02; norms 1), so that a forward pass stays finite. `--tokenizer`
-copies the tokenizer files of another model, since random weights need no tokenizer of their own: its ids are below
-the vocabulary of 151,936 or the file is refused by qtool. One tensor is in memory at a time.
+The weights are normal with the deviation of real ones (0.02; norms 1), so that a forward pass stays finite. Random
+weights have no tokenizer: `--tokenizer` copies the files of another model. One tensor is in memory at a time.
 """
 
 from __future__ import annotations

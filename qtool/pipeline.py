@@ -21,21 +21,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
 
 import qtool
-from qtool import card, estimate, found, manifest, ops, quality
+from qtool import card, estimate, found, heap, manifest, ops, quality
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
-from qtool.models import blocks, calibration, statistics
-from qtool.models.streams import StreamStore, batches_for
+from qtool.models import blocks, calibration
 from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
+from qtool.stream import Stream
 from qtool.tensors import FLOATING, CalibrationStats, QuantizedTensor
 from qtool.workspace import Workspace, refuse_existing
 
@@ -56,6 +55,7 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
     refuse_existing(plan.out)
     _refuse_full_disk(plan)
     torch.manual_seed(plan.recipe.seed)
+    heap.reuse()
     tokens = _tokens(checkpoint, plan)
     identity = _identity(checkpoint, plan, tokens)
     with Workspace(plan.out, identity, restart) as work, torch.inference_mode():
@@ -63,16 +63,16 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
         done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
         progress.start(plan.blocks, done)
         job = Job(checkpoint, plan, writer, progress)
-        stream = Stream.open(job, tokens, work) if tokens is not None else None
+        stream = Stream.open(plan, checkpoint.read, tokens, work) if tokens is not None else None
         for stage, weights in _read_ahead(job, work.finished):
             began = time.monotonic()
             layers = _do_stage(job, stage, weights, stream)
             writer.sync()
             if stream is not None and stage.block is not None:
-                stream.save(work.folder, stage.block + 1)
+                stream.save(stage.block + 1)
             work.record(stage.name, {"layers": layers})
             if stream is not None and stage.block is not None:
-                stream.forget(work.folder, stage.block)
+                stream.forget(stage.block)
             if stage.block is not None:
                 progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
         progress.message("naming and hashing the files")
@@ -103,24 +103,23 @@ def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
 
 
 def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream) -> list[dict[str, Any]]:
-    """Collect, solve every group of linears that share an input, propagate."""
+    """Collect and solve every group of linears that share an input, part by part; propagate."""
     plan = job.plan
     index = stage.block or 0
     for name, weight in weights.items():
         _refuse_non_finite(name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
-    collected = stream.collect(block, stage)
     linears = {linear.name: linear for linear in stage.linears}
-    last = index + 1 == plan.blocks
     records: list[dict[str, Any]] = []
-    while collected:
-        names, stats = collected.popitem()
-        for group in _same_scheme([linears[name] for name in names if name in linears]):
-            originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
-            records += _solve(job, group, originals, stats, None if last else block)
-        del stats
+    for collected in stream.collect(block, stage):
+        while collected:
+            names, stats = collected.popitem()
+            for group in _same_scheme([linears[name] for name in names if name in linears]):
+                originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
+                records += _solve(job, group, originals, stats, block)
+            del stats
     weights.clear()
-    if not last:
+    if index + 1 < plan.blocks:
         stream.propagate(block, index)
     order = {linear.name: place for place, linear in enumerate(stage.linears)}
     return sorted(records, key=lambda record: order[record["name"]])
@@ -232,62 +231,6 @@ def _read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dic
             weights = future.result() if future else {}
             future = pool.submit(read, todo[place + 1]) if place + 1 < len(todo) else None
             yield stage, weights
-
-
-class Stream:
-    """The activations on their way through the blocks, quantized and (for an asymmetric target) unquantized."""
-
-    def __init__(self, job: Job, stores: list[StreamStore], arguments: blocks.BlockArguments, batches: list[slice],
-                 held_out: frozenset[int]) -> None:
-        self.job, self.stores, self.arguments, self.batches, self.held_out = job, stores, arguments, batches, held_out
-
-    @classmethod
-    def open(cls, job: Job, tokens: calibration.CalibrationTokens, work: Workspace) -> Stream:
-        """Run the embeddings and note each block's arguments; then take up the stream where the journal stopped."""
-        plan = job.plan
-        count = 2 if plan.float_stream else 1
-        budget = int(plan.recipe.memory_budget_gb * 1e9) // count
-        samples, length = tokens.ids.shape
-        stores = [StreamStore(samples, length, plan.skeleton.hidden, plan.model_dtype, budget, work.folder)
-                  for _ in range(count)]
-        settings = plan.recipe.calibration
-        batches, held_out = batches_for(plan.samples, settings.sequence_length, settings.batch_tokens or 0,
-                                        settings.held_out)
-        arguments = blocks.capture(plan.skeleton, job.checkpoint.read, tokens.ids, stores[0], plan.device,
-                                   plan.compute_dtype, batches)
-        done = [stage.block for stage in plan.stages if stage.block is not None and stage.name in work.finished]
-        self = cls(job, stores, arguments, batches, held_out)
-        for store, path in zip(stores, self._paths(work.folder, max(done, default=-1) + 1), strict=True):
-            if done and len(done) < plan.blocks:
-                store.load(path)
-            elif store is not stores[0]:
-                store.copy_from(stores[0])
-        return self
-
-    def collect(self, block: torch.nn.Module, stage: Stage) -> dict[tuple[str, ...], CalibrationStats]:
-        plan, index = self.job.plan, stage.block or 0
-        names = [linear.name for linear in stage.linears]
-        return statistics.collect(block, plan.skeleton.blocks[index], names, self.arguments, index, self.stores[0],
-                                  self.batches, self.held_out, plan.device, plan.compute_dtype,
-                                  self.stores[1] if plan.float_stream else None)
-
-    def propagate(self, block: torch.nn.Module, index: int) -> None:
-        plan = self.job.plan
-        statistics.propagate(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], self.batches,
-                             plan.device, plan.compute_dtype)
-
-    def save(self, folder: Path, index: int) -> None:
-        """Make the stream at the entrance of block `index` durable; the last block needs none."""
-        if index < self.job.plan.blocks:
-            for store, path in zip(self.stores, self._paths(folder, index), strict=True):
-                store.save(path)
-
-    def forget(self, folder: Path, index: int) -> None:
-        for path in self._paths(folder, index):
-            path.unlink(missing_ok=True)
-
-    def _paths(self, folder: Path, index: int) -> list[Path]:
-        return [folder / f"stream-{kind}-{index}.bin" for kind in ("quantized", "float")[:len(self.stores)]]
 
 
 def _tokens(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:

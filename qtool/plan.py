@@ -237,7 +237,7 @@ def _settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
     given = recipe.calibration
     fast = device.type == "cuda"
     settled = {"samples": given.samples or (512 if fast else 128),
-               "batch_tokens": given.batch_tokens or (16_384 if fast else 2048)}
+               "batch_tokens": given.batch_tokens or (16_384 if fast else 1024)}
     return recipe.model_copy(update={"calibration": given.model_copy(update=settled)})
 
 

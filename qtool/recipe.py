@@ -70,7 +70,7 @@ class Rule(Strict):
 class Calibration(Strict):
     """Which text is run through the model.
 
-    samples None: 128 on a CPU, 512 on a GPU.  batch_tokens None: 2,048 on a CPU (a batch then fits its caches),
+    samples None: 128 on a CPU, 512 on a GPU.  batch_tokens None: 1,024 on a CPU (a batch then fits its caches),
     16,384 on a GPU.
     """
 

@@ -67,6 +67,12 @@ class _Watch:
         for handle in self._handles:
             handle.remove()
 
+    def _all_seen(self) -> bool:
+        """Whether every input has been measured; once it is known who shares one, the others need not be called."""
+        if len(self.leaders) == len(self._wanted):
+            return self._seen >= set(self.leaders.values())
+        return len(self._seen) == len(self._wanted)
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0]
@@ -79,7 +85,7 @@ class _Watch:
                 if x.numel():
                     self.measure(name, x.reshape(-1, x.shape[-1]))
             self._seen.add(name)
-            if self.stop and len(self._seen) == len(self._wanted):
+            if self.stop and self._all_seen():
                 raise _Seen
 
         return hook
@@ -91,7 +97,7 @@ def _same_input(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
-            store: StreamStore, batches: Sequence[slice], held_out: Iterable[int], device: torch.device,
+            store: StreamStore, batches: Iterable[slice], held_out: Iterable[int], device: torch.device,
             dtype: torch.dtype, float_store: StreamStore | None = None) -> dict[tuple[str, ...], CalibrationStats]:
     """Statistics of the inputs of `linears` (full names) of the block at path `prefix`, one per shared input.
 
@@ -121,13 +127,13 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
                 if float_store is not None:
                     watch.measure = keep
                     watch.start(stop=False)
-                    float_store.write(batch, _run(block, float_store.read(batch), args, kwargs, device, dtype))
+                    float_store.write(batch, run_block(block, float_store.read(batch), args, kwargs, device, dtype))
                     watch.measure = measure
                 if not linears:
                     continue
                 watch.start(stop=True)
                 with contextlib.suppress(_Seen):
-                    _run(block, store.read(batch), args, kwargs, device, dtype)
+                    run_block(block, store.read(batch), args, kwargs, device, dtype)
                 floats.clear()
     finally:
         watch.remove()
@@ -135,20 +141,21 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
 
 
 def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int, store: StreamStore,
-              batches: Sequence[slice], device: torch.device, dtype: torch.dtype) -> None:
+              batches: Iterable[slice], device: torch.device, dtype: torch.dtype) -> None:
     """Run the block on the stream and put its output in the stream's place. Raises NumericalError naming the block."""
     with torch.inference_mode():
         for batch in batches:
             args, kwargs = arguments.for_block(index, batch.stop - batch.start)
-            output = _run(block, store.read(batch), args, kwargs, device, dtype)
+            output = run_block(block, store.read(batch), args, kwargs, device, dtype)
             if not torch.isfinite(output.sum(dtype=torch.float32)):
                 raise NumericalError(f"{name}: the output of the block is not finite on calibration samples "
                                      f"{batch.start}..{batch.stop - 1}; check the weights, or use --set dtype=float32")
             store.write(batch, output)
 
 
-def _run(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device,
-         dtype: torch.dtype) -> torch.Tensor:
+def run_block(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
+              device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The hidden states [B, T, hidden] after the block."""
     # a copy, because what the block receives must not change when the stream is written
     output = block(hidden.to(device=device, dtype=dtype, copy=True), *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,20 @@
+"""Keeps freed memory for the next tensor of the same size.
+
+The C library gives large blocks back to the system at once and gets fresh pages for the next tensor, each of which the
+kernel clears first. A forward pass that makes the same tensors for every batch spends a tenth of its time on that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+MAPPED_FROM = 64 << 20  # bytes; larger blocks, such as weights, still go back when freed
+TRIMMED_FROM = 256 << 20
+
+
+def reuse() -> None:
+    """Set glibc's thresholds for this process; does nothing with another C library."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
+        mallopt(M_TRIM_THRESHOLD, TRIMMED_FROM)

@@ -1,0 +1,110 @@
+"""The calibration run seen from one block: the stream at its entrance, its statistics, the stream at its exit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from qtool.models import blocks, statistics
+from qtool.models.calibration import CalibrationTokens
+from qtool.models.staged import Collected, Part, StagedBlock, find_parts
+from qtool.models.streams import StreamStore, batches_for
+from qtool.plan import Plan, Stage
+from qtool.workspace import Workspace
+
+
+@dataclass
+class Stream:
+    """The activations on their way through the blocks, quantized and (for an asymmetric target) unquantized."""
+
+    plan: Plan
+    folder: Path
+    stores: list[StreamStore]
+    arguments: blocks.BlockArguments
+    batches: list[slice]
+    held_out: frozenset[int]
+    _kept: dict[tuple[str, int], StreamStore] = field(default_factory=dict)
+    _parts: dict[tuple[tuple[str, str], ...], tuple[Part, ...]] = field(default_factory=dict)
+    _staged: StagedBlock | None = None
+
+    @classmethod
+    def open(cls, plan: Plan, read: blocks.Read, tokens: CalibrationTokens, work: Workspace) -> Stream:
+        """Run the embeddings and note each block's arguments; then take up the stream where the journal stopped."""
+        count = 2 if plan.float_stream else 1
+        budget = int(plan.recipe.memory_budget_gb * 1e9) // count
+        samples, length = tokens.ids.shape
+        stores = [StreamStore(samples, length, plan.skeleton.hidden, plan.model_dtype, budget, work.folder)
+                  for _ in range(count)]
+        settings = plan.recipe.calibration
+        batches, held_out = batches_for(plan.samples, settings.sequence_length, settings.batch_tokens or 0,
+                                        settings.held_out)
+        arguments = blocks.capture(plan.skeleton, read, tokens.ids, stores[0], plan.device,
+                                   plan.compute_dtype, batches)
+        done = [stage.block for stage in plan.stages if stage.block is not None and stage.name in work.finished]
+        self = cls(plan, work.folder, stores, arguments, batches, held_out)
+        for store, path in zip(stores, self._paths(max(done, default=-1) + 1), strict=True):
+            if done and len(done) < plan.blocks:
+                store.load(path)
+            elif store is not stores[0]:
+                store.copy_from(stores[0])
+        return self
+
+    def collect(self, block: torch.nn.Module, stage: Stage) -> Iterator[Collected]:
+        """Statistics of the linears of a stage, in items that must be solved one after the other."""
+        index, names = stage.block or 0, [linear.name for linear in stage.linears]
+        if self.plan.float_stream:  # both streams through the unquantized block at once
+            yield self._collect(block, index, names, self.batches)
+            return
+        self._staged = StagedBlock(block, self.plan.skeleton.blocks[index], self._find_parts(block, index, names),
+                                   self.batches, self._keep if self.plan.device.type == "cpu" else None)
+        yield from self._staged.collect(names, lambda some, batches: self._collect(block, index, some, batches))
+
+    def propagate(self, block: torch.nn.Module, index: int) -> None:
+        """Run the block, its linears replaced by what was solved, and put its output in the stream's place."""
+        plan = self.plan
+        batches = self.batches if self._staged is None else self._staged.each()
+        statistics.propagate(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], batches,
+                             plan.device, plan.compute_dtype)
+
+    def _collect(self, block: torch.nn.Module, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
+        plan = self.plan
+        return statistics.collect(block, plan.skeleton.blocks[index], names, self.arguments, index, self.stores[0],
+                                  batches, self.held_out, plan.device, plan.compute_dtype,
+                                  self.stores[1] if plan.float_stream else None)
+
+    def _find_parts(self, block: torch.nn.Module, index: int, names: Sequence[str]) -> tuple[Part, ...]:
+        """The parts of this block; looked for once for blocks of the same make."""
+        prefix = self.plan.skeleton.blocks[index] + "."
+        paths = [name.removeprefix(prefix) for name in names]
+        make = tuple((path, type(module).__name__) for path, module in block.named_modules())
+        make += tuple((path, "quantized") for path in paths)
+        if make not in self._parts:
+            batch = min(self.batches, key=lambda one: one.stop - one.start)
+            args, kwargs = self.arguments.for_block(index, batch.stop - batch.start)
+            hidden = self.stores[0].read(batch)
+            self._parts[make] = find_parts(block, paths, lambda: statistics.run_block(
+                block, hidden, args, kwargs, self.plan.device, self.plan.compute_dtype))
+        return self._parts[make]
+
+    def _keep(self, what: str, width: int) -> StreamStore:
+        """A store in a file, whatever the budget: it is written and read once a block, as the page cache likes."""
+        if (what, width) not in self._kept:
+            samples, length, _ = self.stores[0].shape
+            self._kept[what, width] = StreamStore(samples, length, width, self.plan.model_dtype, 0, self.folder)
+        return self._kept[what, width]
+
+    def save(self, index: int) -> None:
+        """Make the stream at the entrance of block `index` durable; the last block needs none."""
+        if index < self.plan.blocks:
+            for store, path in zip(self.stores, self._paths(index), strict=True):
+                store.save(path)
+
+    def forget(self, index: int) -> None:
+        for path in self._paths(index):
+            path.unlink(missing_ok=True)
+
+    def _paths(self, index: int) -> list[Path]:
+        return [self.folder / f"stream-{kind}-{index}.bin" for kind in ("quantized", "float")[:len(self.stores)]]

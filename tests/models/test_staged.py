@@ -1,0 +1,125 @@
+"""Part by part: what counts as a part, statistics behind quantized parts, and nothing computed twice."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qtool.models import statistics, streams
+from qtool.models.staged import Collected, Part, StagedBlock, find_parts
+from tests import tiny
+from tests.models.loaded import CPU, LENGTH, SAMPLES, Loaded
+
+BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
+HELD_OUT = frozenset({4})
+PREFIX = "model.layers.0"
+ATTENTION = Part("self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", 2)
+MLP = Part("mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", 0)
+
+
+class Run:
+    """Block 0 of a tiny model on the stream."""
+
+    def __init__(self, loaded: Loaded, ids: torch.Tensor) -> None:
+        self.block = copy.deepcopy(loaded.block(0))  # the tests change its weights
+        self.names = list(loaded.skeleton.block_linears(0))
+        self.store, self.arguments = loaded.captured(ids, BATCHES)
+        paths = [name.removeprefix(PREFIX + ".") for name in self.names]
+        args, kwargs = self.arguments.for_block(0, 1)
+        hidden = self.store.read(BATCHES[-1])
+        self.parts = find_parts(self.block, paths, lambda: statistics.run_block(
+            self.block, hidden, args, kwargs, CPU, torch.float32))
+
+    def collect(self, names: list[str], batches: Iterator[slice]) -> Collected:
+        return statistics.collect(self.block, PREFIX, names, self.arguments, 0, self.store, batches, HELD_OUT, CPU,
+                                  torch.float32)
+
+    def staged(self, keep: bool) -> StagedBlock:
+        return StagedBlock(self.block, PREFIX, self.parts, BATCHES, new_store if keep else None)
+
+    def coarsen(self, names: tuple[str, ...]) -> None:
+        """What a solver does: the weights change."""
+        with torch.no_grad():
+            for name in names:
+                weight = self.block.get_submodule(name.removeprefix(PREFIX + ".")).weight
+                weight.copy_((weight * 16).round() / 16)
+
+
+def new_store(_what: str, width: int) -> streams.StreamStore:
+    return streams.StreamStore(SAMPLES, LENGTH, width, torch.float32, 1 << 30)
+
+
+@pytest.mark.parametrize(("family", "expected"), [
+    ("llama", (ATTENTION, MLP)), ("qwen2", (ATTENTION, MLP)), ("qwen3", (ATTENTION, MLP)), ("gemma3", (ATTENTION, MLP)),
+    ("mixtral", (ATTENTION,)), ("qwen3_moe", (ATTENTION,)),
+    ("gemma2", ()),  # its attention returns more than one tensor, and the MLP comes after it
+])
+def test_parts(checkpoint, ids, family, expected):
+    assert Run(checkpoint(family), ids).parts == expected
+
+
+def test_a_part_needs_a_solved_tail(checkpoint, ids):
+    run = Run(checkpoint("llama"), ids)
+    args, kwargs = run.arguments.for_block(0, 1)
+
+    def found(*paths: str) -> tuple[Part, ...]:
+        return find_parts(run.block, paths, lambda: statistics.run_block(
+            run.block, run.store.read(BATCHES[-1]), args, kwargs, CPU, torch.float32))
+
+    assert found("mlp.down_proj") == (Part("mlp", (), "mlp.down_proj", 0),)
+    assert found("self_attn.q_proj", "mlp.down_proj") == ()  # what the MLP receives would still change
+    run.block.mlp.register_forward_hook(lambda _module, _inputs, output: output * 1.0)
+    assert found("mlp.down_proj") == ()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_each_linear_sees_the_solved_ones_before_it(checkpoint, ids, family, keep):
+    """Against a block whose earlier linears are changed by hand, one full pass for each item."""
+    run, plain = Run(checkpoint(family), ids), Run(checkpoint(family), ids)
+    staged = run.staged(keep)
+    collected: list[str] = []
+    for item in staged.collect(run.names, run.collect):
+        expected = plain.collect(run.names, iter(BATCHES))
+        for names, found in item.items():
+            collected += names
+            torch.testing.assert_close(found.hessian, expected[names].hessian, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found.held_out, expected[names].held_out, rtol=1e-3, atol=1e-4)
+            assert found.tokens == expected[names].tokens
+        for names in item:
+            run.coarsen(names)
+            plain.coarsen(names)
+    assert sorted(collected) == sorted(run.names)
+    for one, batches in ((run, staged.each()), (plain, iter(BATCHES))):
+        statistics.propagate(one.block, PREFIX, one.arguments, 0, one.store, batches, CPU, torch.float32)
+    whole = slice(0, SAMPLES)
+    torch.testing.assert_close(run.store.read(whole), plain.store.read(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_no_product_is_computed_twice(checkpoint, ids):
+    run = Run(checkpoint("llama"), ids)
+    calls: Counter[str] = Counter()
+    for name in run.names:
+        module = run.block.get_submodule(name.removeprefix(PREFIX + "."))
+        module.register_forward_hook(lambda _module, _inputs, _output, name=name: calls.update([name]))
+    staged = run.staged(keep=True)
+    for item in staged.collect(run.names, run.collect):
+        item.clear()
+    statistics.propagate(run.block, PREFIX, run.arguments, 0, run.store, staged.each(), CPU, torch.float32)
+    # only the first batch computes what its pass does not need: who shares an input is not known before
+    first = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    assert calls == {name: len(BATCHES) + (name.removeprefix(PREFIX + ".") in first) for name in run.names}
+
+
+def test_a_failed_pass_leaves_no_hook(checkpoint, ids):
+    run = Run(checkpoint("llama"), ids)
+    with torch.no_grad():
+        run.block.self_attn.q_proj.weight.fill_(float("nan"))
+    with pytest.raises(statistics.NumericalError):
+        for item in run.staged(keep=True).collect(run.names, run.collect):
+            item.clear()
+    assert not any(module._forward_pre_hooks for module in run.block.modules())
