@@ -120,7 +120,7 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
             del stats
     weights.clear()
     if index + 1 < plan.blocks:
-        stream.propagate(block, index)
+        stream.propagate(index)
     order = {linear.name: place for place, linear in enumerate(stage.linears)}
     return sorted(records, key=lambda record: order[record["name"]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from qtool.models import blocks, statistics
 from qtool.models.calibration import CalibrationTokens
-from qtool.models.staged import Collected, Part, StagedBlock, find_parts
+from qtool.models.staged import Collected, NewStore, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
 from qtool.plan import Plan, Stage
 from qtool.workspace import Workspace
@@ -26,9 +27,10 @@ class Stream:
     arguments: blocks.BlockArguments
     batches: list[slice]
     held_out: frozenset[int]
-    _kept: dict[tuple[str, int], StreamStore] = field(default_factory=dict)
+    _kept: dict[tuple[str, str, int], StreamStore] = field(default_factory=dict)
     _parts: dict[tuple[tuple[str, str], ...], tuple[Part, ...]] = field(default_factory=dict)
-    _staged: StagedBlock | None = None
+    _tracks: list[Track] = field(init=False)
+    _staged: StagedBlock = field(init=False)
 
     @classmethod
     def open(cls, plan: Plan, read: blocks.Read, tokens: CalibrationTokens, work: Workspace) -> Stream:
@@ -55,25 +57,30 @@ class Stream:
     def collect(self, block: torch.nn.Module, stage: Stage) -> Iterator[Collected]:
         """Statistics of the linears of a stage, in items that must be solved one after the other."""
         index, names = stage.block or 0, [linear.name for linear in stage.linears]
-        if self.plan.float_stream:  # both streams through the unquantized block at once
-            yield self._collect(block, index, names, self.batches)
-            return
-        self._staged = StagedBlock(block, self.plan.skeleton.blocks[index], self._find_parts(block, index, names),
-                                   self.batches, self._keep if self.plan.device.type == "cpu" else None)
-        yield from self._staged.collect(names, lambda some, batches: self._collect(block, index, some, batches))
+        parts = self._find_parts(block, index, names)
+        kinds = [(block, "quantized"), (copy.deepcopy(block), "float")][:len(self.stores)]
+        self._tracks = [Track(one, self._keep(kind) if self.plan.device.type == "cpu" else None) for one, kind in kinds]
+        self._staged = StagedBlock(self._tracks, self.plan.skeleton.blocks[index], parts, self.batches)
+        yield from self._staged.collect(names, lambda some, batches: self._collect(index, some, batches))
 
-    def propagate(self, block: torch.nn.Module, index: int) -> None:
+    def propagate(self, index: int) -> None:
         """Run the block, its linears replaced by what was solved, and put its output in the stream's place."""
         plan = self.plan
-        batches = self.batches if self._staged is None else self._staged.each()
-        statistics.propagate(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], batches,
-                             plan.device, plan.compute_dtype)
+        for track, store in zip(self._tracks, self.stores, strict=True):
+            statistics.propagate(track.block, plan.skeleton.blocks[index], self.arguments, index, store,
+                                 self._staged.each(), plan.device, plan.compute_dtype)
 
-    def _collect(self, block: torch.nn.Module, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
+    def _collect(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
         plan = self.plan
-        return statistics.collect(block, plan.skeleton.blocks[index], names, self.arguments, index, self.stores[0],
-                                  batches, self.held_out, plan.device, plan.compute_dtype,
-                                  self.stores[1] if plan.float_stream else None)
+        prefix = plan.skeleton.blocks[index]
+
+        def floats(batch: slice) -> dict[str, torch.Tensor]:
+            return statistics.inputs_of(self._tracks[1].block, prefix, names, self.arguments, index, self.stores[1],
+                                        batch, plan.device, plan.compute_dtype)
+
+        return statistics.collect(self._tracks[0].block, prefix, names, self.arguments, index, self.stores[0], batches,
+                                  self.held_out, plan.device, plan.compute_dtype,
+                                  floats if plan.float_stream else None)
 
     def _find_parts(self, block: torch.nn.Module, index: int, names: Sequence[str]) -> tuple[Part, ...]:
         """The parts of this block; looked for once for blocks of the same make."""
@@ -89,12 +96,16 @@ class Stream:
                 block, hidden, args, kwargs, self.plan.device, self.plan.compute_dtype))
         return self._parts[make]
 
-    def _keep(self, what: str, width: int) -> StreamStore:
-        """A store in a file, whatever the budget: it is written and read once a block, as the page cache likes."""
-        if (what, width) not in self._kept:
-            samples, length, _ = self.stores[0].shape
-            self._kept[what, width] = StreamStore(samples, length, width, self.plan.model_dtype, 0, self.folder)
-        return self._kept[what, width]
+    def _keep(self, kind: str) -> NewStore:
+        """Makes stores in files, whatever the budget: they are written and read once a block, mostly in the cache."""
+        def new_store(what: str, width: int) -> StreamStore:
+            key = (kind, what, width)
+            if key not in self._kept:
+                samples, length, _ = self.stores[0].shape
+                self._kept[key] = StreamStore(samples, length, width, self.plan.model_dtype, 0, self.folder)
+            return self._kept[key]
+
+        return new_store
 
     def save(self, index: int) -> None:
         """Make the stream at the entrance of block `index` durable; the last block needs none."""

@@ -10,6 +10,7 @@ at the end, in one pass with their original weights; a part that comes after one
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,15 +97,42 @@ def _part(path: str, module: nn.Module, calls: list[tuple[str, torch.Tensor, tor
     return Part(path, tuple(name for name in wanted if name in members and name != tail), tail, results)
 
 
-class StagedBlock:
-    """One block on its way through its parts. The caller solves the linears between the items of `collect`."""
+class Track:
+    """A block on its way through its parts: those that are done need only what was kept of them."""
 
-    def __init__(self, block: nn.Module, prefix: str, parts: Sequence[Part], batches: Sequence[slice],
-                 new_store: NewStore | None) -> None:
-        self.block, self.prefix, self.parts, self.batches = block, prefix, parts, batches
+    def __init__(self, block: nn.Module, new_store: NewStore | None) -> None:
+        self.block = block
         self.new_store = new_store  # None: keep nothing, compute again; right where products are cheaper than copies
         self.now = slice(0, 0)
-        self._done: list[_Done] = []
+        self.done: list[_Done] = []
+
+    @contextlib.contextmanager
+    def keeping(self, part: Part) -> Iterator[None]:
+        """For a pass up to the last linear of a part: keeps its inputs; afterwards the part's forward is replaced."""
+        if self.new_store is None:
+            yield
+            return
+        tail = self.block.get_submodule(part.tail)
+        assert isinstance(tail, nn.Linear)
+        inputs = self.new_store("inputs of " + part.path, tail.in_features)
+        handle = tail.register_forward_pre_hook(lambda _module, args: inputs.write(self.now, args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+        done = _Done(self, part, tail, inputs)
+        self.block.get_submodule(part.path).forward = done.forward  # type: ignore[method-assign]
+        self.done.append(done)
+
+
+class StagedBlock:
+    """Takes a block through its parts, on one track or, with the unquantized model beside it, on two.
+
+    The caller solves the linears of the first track between the items of `collect`.
+    """
+
+    def __init__(self, tracks: Sequence[Track], prefix: str, parts: Sequence[Part], batches: Sequence[slice]) -> None:
+        self.tracks, self.prefix, self.parts, self.batches = tracks, prefix, parts, batches
 
     def collect(self, linears: Sequence[str], collect: Collect) -> Iterator[Collected]:
         """Statistics of `linears` (full names), part by part; each item must be solved before the next is asked for."""
@@ -114,7 +142,12 @@ class StagedBlock:
             inner = [f"{self.prefix}.{name}" for name in part.inner]
             if inner:
                 yield self._pass(inner, collect)
-            yield self._tail(part, tail, collect)
+            with contextlib.ExitStack() as stack:
+                for track in self.tracks:
+                    stack.enter_context(track.keeping(part))
+                stats = self._pass([tail], collect)
+            yield stats
+            del stats
             rest = [name for name in rest if name != tail and name not in inner]
         if rest:
             yield self._pass(rest, collect)
@@ -122,40 +155,25 @@ class StagedBlock:
     def each(self) -> Iterator[slice]:
         """The batches, for the pass that is beginning."""
         for batch in self.batches:
-            self.now = batch
+            for track in self.tracks:
+                track.now = batch
             yield batch
 
-    def _tail(self, part: Part, name: str, collect: Collect) -> Collected:
-        """Statistics of the last linear of a part; its inputs are kept, and the part's forward is replaced."""
-        if self.new_store is None:
-            return self._pass([name], collect)
-        linear = self.block.get_submodule(part.tail)
-        assert isinstance(linear, nn.Linear)
-        inputs = self.new_store("inputs of " + part.path, linear.in_features)
-        handle = linear.register_forward_pre_hook(lambda _module, args: inputs.write(self.now, args[0]))
-        try:
-            stats = self._pass([name], collect)
-        finally:
-            handle.remove()
-        done = _Done(self, part, linear, inputs)
-        self.block.get_submodule(part.path).forward = done.forward  # type: ignore[method-assign]
-        self._done.append(done)
-        return stats
-
     def _pass(self, names: Sequence[str], collect: Collect) -> Collected:
-        for done in self._done:
-            done.save = True
+        done = [one for track in self.tracks for one in track.done]
+        for one in done:
+            one.save = True
         stats = collect(names, self.each())
-        for done in self._done:
-            done.saved, done.save = True, False
+        for one in done:
+            one.saved, one.save = True, False
         return stats
 
 
 class _Done:
     """Stands in for the forward of a part whose linears are all solved."""
 
-    def __init__(self, staged: StagedBlock, part: Part, tail: nn.Linear, inputs: StreamStore) -> None:
-        self.staged, self.part, self.tail, self.inputs = staged, part, tail, inputs
+    def __init__(self, track: Track, part: Part, tail: nn.Linear, inputs: StreamStore) -> None:
+        self.track, self.part, self.tail, self.inputs = track, part, tail, inputs
         self.outputs = inputs if tail.in_features == tail.out_features else None
         self.save = self.saved = False
 
@@ -164,13 +182,13 @@ class _Done:
         return (result, *[None] * (self.part.results - 1)) if self.part.results else result
 
     def _result(self) -> torch.Tensor:
-        batch, weight = self.staged.now, self.tail.weight
+        batch, weight = self.track.now, self.tail.weight
         if self.saved and self.outputs is not None:
             return self.outputs.read(batch).to(device=weight.device, dtype=weight.dtype, copy=True)
         result = self.tail(self.inputs.read(batch).to(device=weight.device, dtype=weight.dtype))
         if self.save:
-            if self.outputs is None and self.staged.new_store is not None:
-                self.outputs = self.staged.new_store("outputs of " + self.part.path, self.tail.out_features)
+            if self.outputs is None and self.track.new_store is not None:
+                self.outputs = self.track.new_store("outputs of " + self.part.path, self.tail.out_features)
             if self.outputs is not None:
                 self.outputs.write(batch, result)
         return result

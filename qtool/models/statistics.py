@@ -8,7 +8,7 @@ float32, lower triangle only, mirrored once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from qtool.models.experts import SplitExperts
 from qtool.models.streams import StreamStore
 from qtool.tensors import CalibrationStats
 
+Floats = Callable[[slice], Mapping[str, torch.Tensor]]
 MIN_EXPERT_TOKENS = 32
 EXPERT_COLUMNS_PER_TOKEN = 16  # an expert with fewer than K / 16 tokens has a Hessian of too low rank to be trusted
 
@@ -49,16 +50,14 @@ class _Watch:
                  measure: Callable[[str, torch.Tensor], None]) -> None:
         self.leaders: dict[str, str] = {}  # linear -> the first linear that received the same tensor
         self.measure = measure
-        self.stop = False
         self._wanted = set(wanted)
         self._seen: set[str] = set()
         self._inputs: dict[str, torch.Tensor] = {}
         self._handles = [module.register_forward_pre_hook(self._hook(f"{prefix}.{path}"))
                          for path, module in block.named_modules() if f"{prefix}.{path}" in self._wanted]
 
-    def start(self, stop: bool) -> None:
-        """Begin a forward pass; with `stop` it ends (_Seen) as soon as every linear has its input."""
-        self.stop = stop
+    def start(self) -> None:
+        """Begin a forward pass; it ends (_Seen) as soon as every linear has its input."""
         self._seen.clear()
         self._inputs.clear()
 
@@ -85,7 +84,7 @@ class _Watch:
                 if x.numel():
                     self.measure(name, x.reshape(-1, x.shape[-1]))
             self._seen.add(name)
-            if self.stop and self._all_seen():
+            if self._all_seen():
                 raise _Seen
 
         return hook
@@ -98,46 +97,57 @@ def _same_input(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
             store: StreamStore, batches: Iterable[slice], held_out: Iterable[int], device: torch.device,
-            dtype: torch.dtype, float_store: StreamStore | None = None) -> dict[tuple[str, ...], CalibrationStats]:
+            dtype: torch.dtype, floats: Floats | None = None) -> dict[tuple[str, ...], CalibrationStats]:
     """Statistics of the inputs of `linears` (full names) of the block at path `prefix`, one per shared input.
 
-    block: real weights, unquantized, in `dtype` on `device`.  held_out: samples that are only measured, each batch
-    is wholly of one kind.  float_store: the stream of the unquantized model; with it `cross` is measured too, and it
-    is advanced by this block. Statistics are on `device`. Raises CalibrationError, NumericalError.
+    block: in `dtype` on `device`.  held_out: samples that are only measured, each batch is wholly of one kind.
+    floats: gives the inputs of the same linears in the unquantized model for a batch; with it `cross` is measured too.
+    Statistics are on `device`. Raises CalibrationError, NumericalError.
     """
     held_out = frozenset(held_out)
-    experts = tuple(f"{prefix}.{path}." for path, module in block.named_modules() if isinstance(module, SplitExperts))
+    experts = expert_prefixes(block, prefix)
     groups: dict[str, _Group] = {}
-    floats: dict[str, torch.Tensor] = {}
+    clean: Mapping[str, torch.Tensor] = {}
     held = False
 
-    def keep(name: str, x: torch.Tensor) -> None:
-        if not name.startswith(experts or (" ",)):
-            floats[name] = x
-
     def measure(name: str, x: torch.Tensor) -> None:
-        _add(groups, name, x, floats.pop(name, None), held)
+        _add(groups, name, x, clean.get(name), held)
 
     watch = _Watch(block, prefix, linears, measure)
     try:
         with torch.inference_mode():
-            for batch in batches:
+            for batch in batches if linears else ():
                 held = _is_held(batch, held_out)
+                clean = floats(batch) if floats is not None else {}
                 args, kwargs = arguments.for_block(index, batch.stop - batch.start)
-                if float_store is not None:
-                    watch.measure = keep
-                    watch.start(stop=False)
-                    float_store.write(batch, run_block(block, float_store.read(batch), args, kwargs, device, dtype))
-                    watch.measure = measure
-                if not linears:
-                    continue
-                watch.start(stop=True)
+                watch.start()
                 with contextlib.suppress(_Seen):
                     run_block(block, store.read(batch), args, kwargs, device, dtype)
-                floats.clear()
     finally:
         watch.remove()
     return _finish(groups, watch.leaders, linears, experts)
+
+
+def inputs_of(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
+              store: StreamStore, batch: slice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Linear -> its input [tokens, K] on one batch; of linears that share it, only the first. Experts are left out."""
+    experts = expert_prefixes(block, prefix)
+    found: dict[str, torch.Tensor] = {}
+    wanted = [name for name in linears if not name.startswith(experts)] if experts else linears
+    watch = _Watch(block, prefix, wanted, found.__setitem__)
+    args, kwargs = arguments.for_block(index, batch.stop - batch.start)
+    try:
+        with contextlib.suppress(_Seen):
+            watch.start()
+            run_block(block, store.read(batch), args, kwargs, device, dtype)
+    finally:
+        watch.remove()
+    return found
+
+
+def expert_prefixes(block: nn.Module, prefix: str) -> tuple[str, ...]:
+    """What the names of the linears inside experts begin with."""
+    return tuple(f"{prefix}.{path}." for path, module in block.named_modules() if isinstance(module, SplitExperts))
 
 
 def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int, store: StreamStore,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qtool.models import statistics, streams
-from qtool.models.staged import Collected, Part, StagedBlock, find_parts
+from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from tests import tiny
 from tests.models.loaded import CPU, LENGTH, SAMPLES, Loaded
 
@@ -39,7 +39,7 @@ class Run:
                                   torch.float32)
 
     def staged(self, keep: bool) -> StagedBlock:
-        return StagedBlock(self.block, PREFIX, self.parts, BATCHES, new_store if keep else None)
+        return StagedBlock([Track(self.block, new_store if keep else None)], PREFIX, self.parts, BATCHES)
 
     def coarsen(self, names: tuple[str, ...]) -> None:
         """What a solver does: the weights change."""
@@ -113,6 +113,33 @@ def test_no_product_is_computed_twice(checkpoint, ids):
     # only the first batch computes what its pass does not need: who shares an input is not known before
     first = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
     assert calls == {name: len(BATCHES) + (name.removeprefix(PREFIX + ".") in first) for name in run.names}
+
+def test_the_unquantized_model_goes_beside(checkpoint, ids):
+    """cross at every linear is against its input in the original block on the original stream."""
+    run, original = Run(checkpoint("llama"), ids), Run(checkpoint("llama"), ids)
+    run.store.write(slice(0, SAMPLES), run.store.read(slice(0, SAMPLES)) * 0.9)
+    tracks = [Track(run.block, new_store), Track(original.block, new_store)]
+    staged = StagedBlock(tracks, PREFIX, run.parts, BATCHES)
+
+    def inputs(side: Run, names: list[str], batch: slice) -> dict[str, torch.Tensor]:
+        return statistics.inputs_of(side.block, PREFIX, names, side.arguments, 0, side.store, batch, CPU, torch.float32)
+
+    def collect(names: list[str], batches: Iterator[slice]) -> Collected:
+        return statistics.collect(run.block, PREFIX, names, run.arguments, 0, run.store, batches, HELD_OUT, CPU,
+                                  torch.float32, lambda batch: inputs(original, names, batch))
+
+    still = Run(checkpoint("llama"), ids)
+    changing = Run(checkpoint("llama"), ids)
+    changing.store.copy_from(run.store)
+    for item in staged.collect(run.names, collect):
+        for names, found in item.items():
+            pairs = [(inputs(still, list(names), batch)[names[0]], inputs(changing, list(names), batch)[names[0]])
+                     for batch in BATCHES[:2]]
+            clean, x = torch.cat([left for left, _ in pairs]), torch.cat([right for _, right in pairs])
+            torch.testing.assert_close(found.cross, (clean - x).T @ x / len(x), rtol=1e-3, atol=1e-4)
+        for names in item:
+            run.coarsen(names)
+            changing.coarsen(names)
 
 
 def test_a_failed_pass_leaves_no_hook(checkpoint, ids):
