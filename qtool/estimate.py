@@ -58,13 +58,22 @@ def memory(work: Work) -> dict[str, int]:
     compute = work.compute_dtype.itemsize
     blocks = [_block(stage, work) for stage in work.stages if stage.block is not None]
     weights, statistics, solve, forward, source = (max(values) for values in zip(*blocks, strict=True))
+    weights *= 2 if work.float_stream else 1
     stream = work.tokens * work.skeleton.hidden * work.model_dtype.itemsize
     held = min(stream * (2 if work.float_stream else 1), int(work.recipe.memory_budget_gb * 1e9))
     embedding = work.skeleton.vocabulary * work.skeleton.hidden * compute
     running = weights + statistics + max(solve + source, forward)
     return {"runtime": base, "stream": stream, "weights": weights, "statistics": statistics, "solve": solve,
-            "forward": forward, "read_ahead": source, "embedding": embedding,
+            "forward": forward, "read_ahead": source, "embedding": embedding, "kept_in_files": _kept(work),
             "peak": base + held + max(running, embedding + largest)}
+
+
+def _kept(work: Work) -> int:
+    """Inputs and outputs of the parts of a block (staged.py), in files; a GPU keeps none."""
+    if work.device.type != "cpu":
+        return 0
+    widest = max((linear.shape[1] for stage in work.stages for linear in stage.linears), default=0)
+    return work.tokens * (widest + 2 * work.skeleton.hidden) * work.model_dtype.itemsize * (2 if work.float_stream else 1)
 
 
 def seconds(work: Work) -> float | None:
@@ -73,7 +82,7 @@ def seconds(work: Work) -> float | None:
         return None
     linear_weights = sum(linear.shape[0] * linear.shape[1] for stage in work.stages for linear in stage.linears)
     shared = {(linear.block, linear.shape[1]): linear.shape for stage in work.stages for linear in stage.linears}
-    passes = 3 if work.float_stream else 2
+    passes = (1 if work.device.type == "cpu" else 2) * (2 if work.float_stream else 1)
     flops = 2 * passes * work.tokens * linear_weights
     flops += sum(columns**2 * work.tokens * (3 if work.float_stream else 1) * 2 for _, columns in shared.values())
     flops += 6 * sum(linear.shape[0] * linear.shape[1] ** 2 for stage in work.stages for linear in stage.linears)
@@ -112,10 +121,10 @@ def _stacked(stage: Stage) -> list[_Stack]:
 
 
 def _solving(rows: int, columns: int, work: Work) -> int:
-    """Working set of one solve: float32 W, permuted W, D, E, the decoded answer, codes; and copies of H and R."""
+    """Working set of one solve: float32 W, permuted W, D, E, the decoded answer, codes; H in solving order and L."""
     if not work.calibrated:
         return rows * columns * (work.model_dtype.itemsize + 4 + 4 + 4 + 2)
-    return rows * columns * (4 * 5 + 3) + columns * columns * 4 * 4
+    return rows * columns * (4 * 5 + 3) + columns * columns * 4 * 2
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -96,9 +96,9 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Largest need while running: the output and, when calibrating, two generations of the stream."""
+        """Largest need while running: the output and, when calibrating, two generations of the stream and its files."""
         streams = 2 * self.memory.get("stream", 0) * (2 if self.float_stream else 1) if self.calibrated else 0
-        return self.weight_bytes + streams
+        return self.weight_bytes + streams + self.memory.get("kept_in_files", 0)
 
     @property
     def peak_memory(self) -> int:
