@@ -33,7 +33,11 @@ class Work:
     compute_dtype: torch.dtype
     samples: int
     calibrated: bool
-    float_stream: bool
+    float_share: float
+
+    @property
+    def float_stream(self) -> bool:
+        return self.float_share > 0
 
     @property
     def tokens(self) -> int:
@@ -73,7 +77,8 @@ def _kept(work: Work) -> int:
     if work.device.type != "cpu":
         return 0
     widest = max((linear.shape[1] for stage in work.stages for linear in stage.linears), default=0)
-    return work.tokens * (widest + 2 * work.skeleton.hidden) * work.model_dtype.itemsize * (2 if work.float_stream else 1)
+    tracks = 2 if work.float_stream else 1
+    return work.tokens * (widest + 2 * work.skeleton.hidden) * work.model_dtype.itemsize * tracks
 
 
 def seconds(work: Work) -> float | None:
@@ -82,9 +87,9 @@ def seconds(work: Work) -> float | None:
         return None
     linear_weights = sum(linear.shape[0] * linear.shape[1] for stage in work.stages for linear in stage.linears)
     shared = {(linear.block, linear.shape[1]): linear.shape for stage in work.stages for linear in stage.linears}
-    passes = (1 if work.device.type == "cpu" else 2) * (2 if work.float_stream else 1)
-    flops = 2 * passes * work.tokens * linear_weights
-    flops += sum(columns**2 * work.tokens * (3 if work.float_stream else 1) * 2 for _, columns in shared.values())
+    passes = (1 if work.device.type == "cpu" else 2) * (1 + work.float_share)
+    flops = 2.0 * passes * work.tokens * linear_weights
+    flops += sum(columns**2 * work.tokens * (1 + 2 * work.float_share) for _, columns in shared.values())
     flops += 6 * sum(linear.shape[0] * linear.shape[1] ** 2 for stage in work.stages for linear in stage.linears)
     return flops / _rate(work.device, work.compute_dtype)
 
@@ -97,7 +102,7 @@ def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
     for one in stage.linears:  # linears of one width and parent share their input, or come close to it
         widths[one.shape[1]] = widths.get(one.shape[1], 0) + one.shape[0]
     parents = {(one.name.rpartition(".")[0], one.shape[1]) for one in stage.linears}
-    matrices = 4 if work.float_stream else 2
+    matrices = 2 if not work.float_stream else 4 if work.float_share == 1 else 5
     statistics = sum(columns**2 for _, columns in parents) * 4 * matrices
     solve = max((_solving(one.shape[0], one.shape[1], work) for one in _stacked(stage)), default=0)
     batch = work.recipe.calibration.batch_tokens or 0  # the plan fills it in

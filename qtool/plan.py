@@ -75,8 +75,13 @@ class Plan:
         return any(module.CALIBRATED for module, _ in self.steps)
 
     @property
+    def float_share(self) -> float:
+        """The share of the fitting samples that run through the unquantized model too; 0: no step asks for it."""
+        return float_share(self.steps)
+
+    @property
     def float_stream(self) -> bool:
-        return any(getattr(module, "NEEDS_FLOAT_STREAM", False) for module, _ in self.steps)
+        return self.float_share > 0
 
     @property
     def linears(self) -> tuple[LinearPlan, ...]:
@@ -140,9 +145,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     calibrated = any(module.CALIBRATED for module, _ in steps)
-    float_stream = any(getattr(module, "NEEDS_FLOAT_STREAM", False) for module, _ in steps)
     work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
-                         float_stream)
+                         float_share(steps))
     return Plan(
         origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
         model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
@@ -155,6 +159,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
 
 def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
     return Path(f"{checkpoint.name}-{recipe.preset or recipe.method}-{recipe.scheme.label}")
+
+
+def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:
+    """The largest share that one of the steps asks for."""
+    asking = [options for module, options in steps if getattr(module, "NEEDS_FLOAT_STREAM", False)]
+    return max((options.share for options in asking), default=0.0)
 
 
 def linear_bytes(format_: ModuleType, linear: LinearPlan, model_dtype: torch.dtype) -> int:

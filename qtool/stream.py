@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class Stream:
     arguments: blocks.BlockArguments
     batches: list[slice]
     held_out: frozenset[int]
+    paired: frozenset[int]  # samples that run through the unquantized model too
     _kept: dict[tuple[str, str, int], StreamStore] = field(default_factory=dict)
     _parts: dict[tuple[tuple[str, str], ...], tuple[Part, ...]] = field(default_factory=dict)
     _tracks: list[Track] = field(init=False)
@@ -46,12 +48,15 @@ class Stream:
         arguments = blocks.capture(plan.skeleton, read, tokens.ids, stores[0], plan.device,
                                    plan.compute_dtype, batches)
         done = [stage.block for stage in plan.stages if stage.block is not None and stage.name in work.finished]
-        self = cls(plan, work.folder, stores, arguments, batches, held_out)
+        fitting = [batch for batch in batches if batch.start not in held_out]
+        paired = fitting[:math.ceil(len(fitting) * plan.float_share)]
+        also = held_out.union(*(range(batch.start, batch.stop) for batch in paired)) if paired else frozenset()
+        self = cls(plan, work.folder, stores, arguments, batches, held_out, also)
         for store, path in zip(stores, self._paths(max(done, default=-1) + 1), strict=True):
             if done and len(done) < plan.blocks:
                 store.load(path)
             elif store is not stores[0]:
-                store.copy_from(stores[0])
+                store.copy_from(stores[0], self._batches_of(store))
         return self
 
     def collect(self, block: torch.nn.Module, stage: Stage) -> Iterator[Collected]:
@@ -68,19 +73,24 @@ class Stream:
         plan = self.plan
         for track, store in zip(self._tracks, self.stores, strict=True):
             statistics.propagate(track.block, plan.skeleton.blocks[index], self.arguments, index, store,
-                                 self._staged.each(), plan.device, plan.compute_dtype)
+                                 self._staged.each(self._batches_of(store)), plan.device, plan.compute_dtype)
 
     def _collect(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
         plan = self.plan
         prefix = plan.skeleton.blocks[index]
 
         def floats(batch: slice) -> dict[str, torch.Tensor]:
+            if batch.start not in self.paired:
+                return {}
             return statistics.inputs_of(self._tracks[1].block, prefix, names, self.arguments, index, self.stores[1],
                                         batch, plan.device, plan.compute_dtype)
 
         return statistics.collect(self._tracks[0].block, prefix, names, self.arguments, index, self.stores[0], batches,
                                   self.held_out, plan.device, plan.compute_dtype,
                                   floats if plan.float_stream else None)
+
+    def _batches_of(self, store: StreamStore) -> list[slice]:
+        return self.batches if store is self.stores[0] else [one for one in self.batches if one.start in self.paired]
 
     def _find_parts(self, block: torch.nn.Module, index: int, names: Sequence[str]) -> tuple[Part, ...]:
         """The parts of this block; looked for once for blocks of the same make."""

@@ -62,7 +62,9 @@ class CalibrationStats:
 
     hessian: float32 [K, K], mean of x xᵀ over the fitting tokens.  held_out: the same over the held-out tokens.
     cross: float32 [K, K] or None, mean of (x~ - x) xᵀ with x~ the input in the unquantized model
-    (frontier: C - H).  held_out_cross: the same over held-out tokens.  tokens, held_out_tokens: how many there were.
+    (frontier: C - H), over those fitting tokens that also ran through the unquantized model.  paired: the mean of x xᵀ
+    over these tokens, None when they are all.  held_out_cross: cross over held-out tokens.  tokens, held_out_tokens:
+    how many there were.
     """
 
     hessian: torch.Tensor
@@ -72,6 +74,7 @@ class CalibrationStats:
     cross: torch.Tensor | None = None
     held_out_cross: torch.Tensor | None = None
     pooled: bool = False
+    paired: torch.Tensor | None = None
 
 
 def group_count(columns: int, group_size: int) -> int:

@@ -23,8 +23,12 @@ NEEDS_FLOAT_STREAM = True
 
 
 class Options(Strict):
-    """factor: the `a` of the target, or auto.  limit: the largest `a` that auto may take.  damping: λ, see gptq."""
+    """factor: the `a` of the target, or auto.  limit: the largest `a` that auto may take.  damping: λ, see gptq.
 
+    share: of the fitting samples, how many run through the unquantized model too; that is what this step costs.
+    """
+
+    share: float = Field(1.0, gt=0.0, le=1.0)
     factor: float | Literal["auto"] = "auto"
     limit: float = Field(1.0, ge=0.0, le=1.0)
     damping: float = Field(0.01, ge=0.0, le=1.0)
@@ -37,7 +41,9 @@ def run(layer: Layer, options: Options) -> Layer:
         raise NumericalError(f"{layer.name}: the asymmetric target needs calibration statistics and got none")
     if stats.cross is None:  # experts: the two streams may route a token differently
         return layer.having(notes={"asymmetric": 0.0})
-    lower, _ = factor(layer.name, stats.hessian, options.damping, options.damping_mode)
+    # H of the very tokens of C: what they share of chance cancels
+    hessian = stats.hessian if stats.paired is None else stats.paired
+    lower, _ = factor(layer.name, hessian, options.damping, options.damping_mode)
     direction = _solve(lower, layer.weight @ stats.cross)
     strength = best_factor(layer.weight, direction, stats.held_out, stats.held_out_cross)
     strength = min(strength, options.limit) if options.factor == "auto" else float(options.factor)

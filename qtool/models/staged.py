@@ -152,9 +152,9 @@ class StagedBlock:
         if rest:
             yield self._pass(rest, collect)
 
-    def each(self) -> Iterator[slice]:
-        """The batches, for the pass that is beginning."""
-        for batch in self.batches:
+    def each(self, batches: Sequence[slice] | None = None) -> Iterator[slice]:
+        """The batches (or those given), for the pass that is beginning."""
+        for batch in self.batches if batches is None else batches:
             for track in self.tracks:
                 track.now = batch
             yield batch

@@ -32,14 +32,19 @@ class _Seen(Exception):  # noqa: N818 - no error: every linear has received its 
 
 @dataclass
 class _Group:
-    """Sums over the inputs of one set of linears; `names[0]` is the one that is measured."""
+    """Sums over the inputs of one set of linears; `names[0]` is the one that is measured.
+
+    paired: over the fitting tokens whose input in the unquantized model is known, with their `cross`; fit: the others.
+    """
 
     names: list[str]
     fit: torch.Tensor
     held: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     held_cross: torch.Tensor | None = None
+    paired: torch.Tensor | None = None
     tokens: int = 0
+    paired_tokens: int = 0
     held_tokens: int = 0
 
 
@@ -101,7 +106,8 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
     """Statistics of the inputs of `linears` (full names) of the block at path `prefix`, one per shared input.
 
     block: in `dtype` on `device`.  held_out: samples that are only measured, each batch is wholly of one kind.
-    floats: gives the inputs of the same linears in the unquantized model for a batch; with it `cross` is measured too.
+    floats: gives the inputs of the same linears in the unquantized model for a batch (or for some of the batches
+    nothing); with it `cross` is measured too.
     Statistics are on `device`. Raises CalibrationError, NumericalError.
     """
     held_out = frozenset(held_out)
@@ -191,9 +197,15 @@ def _add(groups: dict[str, _Group], name: str, x: torch.Tensor, x_float: torch.T
     if held:
         group.held = zeros() if group.held is None else group.held
         group.held_tokens += len(x)
-    else:
+        add_gram(group.held, x)
+    elif x_float is None:
         group.tokens += len(x)
-    add_gram(group.held if held and group.held is not None else group.fit, x)
+        add_gram(group.fit, x)
+    else:
+        group.paired = zeros() if group.paired is None else group.paired
+        group.tokens += len(x)
+        group.paired_tokens += len(x)
+        add_gram(group.paired, x)
     if x_float is None:
         return
     if held:
@@ -276,7 +288,7 @@ def _too_few(group: _Group) -> bool:
 
 
 def _check_finite(group: _Group) -> None:
-    for total in (group.fit, group.held, group.cross, group.held_cross):
+    for total in (group.fit, group.paired, group.held, group.cross, group.held_cross):
         if total is not None and not torch.isfinite(total.diagonal()).all():
             raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, "
                                  "or use --set dtype=float32 when they are float16")
@@ -306,6 +318,11 @@ def _pool(groups: list[_Group]) -> _Group:
 def _statistics(group: _Group, pool: _Group | None) -> CalibrationStats:
     """Turns the sums of a group into means, in place; pooled matrices are shared between experts, never copied."""
     pooled = pool is not None and _too_few(group)
+    paired = None
+    if group.paired is not None:  # its tokens count as the others do; None again when there are no others
+        group.fit += group.paired
+        some = group.paired_tokens < group.tokens
+        paired, group.paired = (_mean(group.paired, group.paired_tokens) if some else None), None
     hessian = pool.fit if pooled and pool is not None else _mean(group.fit, group.tokens)
     held_out = None if pooled or group.held is None else _mean(group.held, group.held_tokens)
     if held_out is None and pool is not None:
@@ -314,7 +331,7 @@ def _statistics(group: _Group, pool: _Group | None) -> CalibrationStats:
         held_out = hessian.new_zeros(1, 1).expand_as(hessian)
     return CalibrationStats(
         hessian=hessian, held_out=held_out, tokens=group.tokens, held_out_tokens=group.held_tokens,
-        cross=None if group.cross is None else group.cross.div_(group.tokens),
+        cross=None if group.cross is None else group.cross.div_(group.paired_tokens), paired=paired,
         held_out_cross=None if group.held_cross is None else group.held_cross.div_(group.held_tokens), pooled=pooled)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ class StreamStore:
                 raise StorageError("activations on disk: the file ends early; it was changed by another program")
             done += count
 
-    def copy_from(self, other: StreamStore) -> None:
-        """Take over the contents of another store of the same shape and type."""
-        for sample in range(self.shape[0]):
-            self.write(slice(sample, sample + 1), other.read(slice(sample, sample + 1)))
+    def copy_from(self, other: StreamStore, batches: Iterable[slice]) -> None:
+        """Take over the samples in `batches` from another store of the same shape and type."""
+        for batch in batches:
+            self.write(batch, other.read(batch))
 
     def close(self) -> None:
         """Free the memory or the file."""

@@ -130,7 +130,7 @@ def test_the_unquantized_model_goes_beside(checkpoint, ids):
 
     still = Run(checkpoint("llama"), ids)
     changing = Run(checkpoint("llama"), ids)
-    changing.store.copy_from(run.store)
+    changing.store.copy_from(run.store, BATCHES)
     for item in staged.collect(run.names, collect):
         for names, found in item.items():
             pairs = [(inputs(still, list(names), batch)[names[0]], inputs(changing, list(names), batch)[names[0]])

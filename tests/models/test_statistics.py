@@ -16,11 +16,11 @@ BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
 HELD_OUT = frozenset({4})
 
 
-def collect(loaded, ids, index, block=None, float_store=None, change=None):
+def collect(loaded, ids, index, block=None, float_store=None, change=None, only=None):
     """Propagate unquantized up to block `index` and collect there, with float_store beside the same in it."""
     store, arguments = loaded.captured(ids, BATCHES)
     if float_store is not None:
-        float_store.copy_from(store)
+        float_store.copy_from(store, BATCHES)
     for before in range(index):
         name = loaded.skeleton.blocks[before]
         for stream in (store, *([float_store] if float_store else [])):
@@ -32,6 +32,8 @@ def collect(loaded, ids, index, block=None, float_store=None, change=None):
     original = copy.deepcopy(block)
 
     def floats(batch):
+        if only is not None and batch not in (only, BATCHES[-1]):  # the last is held out
+            return {}
         return statistics.inputs_of(original, prefix, names, arguments, index, float_store, batch, CPU, torch.float32)
 
     return statistics.collect(block, prefix, names, arguments, index, store, BATCHES, HELD_OUT, CPU, torch.float32,
@@ -107,6 +109,26 @@ def test_equal_streams_have_no_cross_term(checkpoint, ids):
         loaded = checkpoint(family)
         for found in collect(loaded, ids, 1, float_store=loaded.store()).values():
             assert not found.cross.any() and not found.held_out_cross.any()
+
+
+def test_the_unquantized_model_beside_some_of_the_samples(checkpoint, ids):
+    """cross is over those alone, and paired is H over the same tokens; the Hessian itself is over all."""
+    loaded = checkpoint("llama")
+    full, float_store = collect(loaded, ids, 1), loaded.store()
+    some = collect(loaded, ids, 1, float_store=float_store, change=lambda hidden: hidden * 0.9, only=BATCHES[0])
+    every = collect(loaded, ids, 1, float_store=loaded.store(), change=lambda hidden: hidden * 0.9)
+    for names, found in some.items():
+        torch.testing.assert_close(found.hessian, every[names].hessian, rtol=1e-4, atol=1e-5)
+        assert every[names].paired is None and full[names].cross is None
+        assert (found.tokens, found.held_out_tokens) == (4 * LENGTH, LENGTH)
+        torch.testing.assert_close(found.held_out_cross, every[names].held_out_cross, rtol=1e-4, atol=1e-5)
+    norm = loaded.block(1).get_submodule("input_layernorm")
+    before = float_store.read(BATCHES[0])
+    with torch.no_grad():
+        clean, x = (norm(hidden).flatten(0, 1) for hidden in (before, before * 0.9))
+    found = next(found for names, found in some.items() if names[0].endswith("q_proj"))
+    torch.testing.assert_close(found.paired, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.cross, (clean - x).T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_held_out(checkpoint, ids):
