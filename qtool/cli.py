@@ -130,7 +130,7 @@ def quantize(
     if dry_run:
         _show(_dry(plan), "plan", json, quiet)
         return
-    for text in plan.warnings:
+    for text in (*_without_kernels(), *plan.warnings):
         console.note(f"note: {text}", quiet or json)
     began = time.monotonic()
     with console.progress(quiet or json) as progress:
@@ -142,6 +142,16 @@ def quantize(
         from qtool import report
 
         console.show(report.quantized(result, str(plan.out), seconds))
+
+
+def _without_kernels() -> list[str]:
+    """One note where the package was installed without its compiled extension."""
+    from qtool import ops
+
+    if ops.native_available():
+        return []
+    return ["the compiled kernels are not installed, so the ops run in plain PyTorch, with the same results but many "
+            "times slower; with a C++ compiler at hand, install qtool again"]
 
 
 @app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --layers\n\n"

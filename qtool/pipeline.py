@@ -140,7 +140,7 @@ def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats
         stop = start + linear.shape[0]
         quantized = layer.quantized.rows(start, stop)
         dense = found.load("grids", linear.scheme.grid).decode(quantized)
-        record = _measure(plan, linear, layer, stacked[start:stop], dense, len(group))
+        record = _measure(plan, linear, layer, slice(start, stop), dense, len(group))
         _write_linear(job, linear, quantized, dense)
         if block is not None:
             _linear_of(block, plan, linear).weight.copy_(dense.to(plan.model_dtype))
@@ -150,16 +150,15 @@ def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats
     return records
 
 
-def _measure(plan: Plan, linear: LinearPlan, layer: Layer, weight: torch.Tensor, dense: torch.Tensor,
+def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: torch.Tensor,
              solved_together: int) -> dict[str, Any]:
-    """The manifest's line on one linear; output error on held-out tokens where there are any."""
-    difference = weight - dense
-    stats = layer.stats
-    in_weights = quality.weight_error(weight, difference)
+    """The manifest's line on one linear; output error against the target, on held-out tokens where there are any."""
+    weight, target, stats = layer.weight[rows], layer.target[rows], layer.stats
+    in_weights = quality.weight_error(weight, weight - dense)
     in_outputs = None
     if stats is not None:
         hessian = stats.held_out if stats.held_out_tokens else stats.hessian
-        in_outputs = quality.output_error(weight, difference, hessian)
+        in_outputs = quality.output_error(target, target - dense, hessian)
     if not (in_weights >= 0 and (in_outputs is None or in_outputs >= 0)):
         raise NumericalError(f"{linear.name}: the quantized weight is not finite; use more damping or more "
                              "calibration tokens")

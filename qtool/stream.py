@@ -79,10 +79,10 @@ class Stream:
         plan = self.plan
         prefix = plan.skeleton.blocks[index]
 
-        def floats(batch: slice) -> dict[str, torch.Tensor]:
+        def floats(batch: slice, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
             if batch.start not in self.paired:
                 return {}
-            return statistics.inputs_of(self._tracks[1].block, prefix, names, self.arguments, index, self.stores[1],
+            return statistics.inputs_of(self._tracks[1].block, prefix, wanted, self.arguments, index, self.stores[1],
                                         batch, plan.device, plan.compute_dtype)
 
         return statistics.collect(self._tracks[0].block, prefix, names, self.arguments, index, self.stores[0], batches,

@@ -30,7 +30,7 @@ def load_block(skeleton: Skeleton, index: int, read: Read, device: torch.device,
     """Block `index` with its weights in `dtype` on `device`, read one by one; dropping it frees them."""
     prefix = skeleton.blocks[index]
     block = copy.deepcopy(skeleton.model.get_submodule(prefix), _shared(skeleton))
-    _fill(skeleton, block, prefix + ".", read, device, dtype)
+    fill(skeleton, block, prefix + ".", read, device, dtype)
     return block
 
 
@@ -40,7 +40,7 @@ def _shared(skeleton: Skeleton) -> dict[int, Any]:
     return {id(config): config}
 
 
-def _fill(skeleton: Skeleton, module: nn.Module, prefix: str, read: Read, device: torch.device,
+def fill(skeleton: Skeleton, module: nn.Module, prefix: str, read: Read, device: torch.device,
           dtype: torch.dtype) -> None:
     """Replace the meta tensors of `module`, at path `prefix` in the model, by real ones.
 
@@ -215,5 +215,5 @@ def _runner(skeleton: Skeleton, visit: Callable[..., Any], read: Read, device: t
     blocks = skeleton.model.get_submodule(blocks_path)
     recorders = nn.ModuleList(_Recorder(block, index, visit) for index, block in enumerate(blocks.children()))
     runner = copy.deepcopy(skeleton.model.get_submodule(base_path), {**_shared(skeleton), id(blocks): recorders})
-    _fill(skeleton, runner, base_path + ".", read, device, dtype)
+    fill(skeleton, runner, base_path + ".", read, device, dtype)
     return runner

@@ -21,7 +21,7 @@ from qtool.models.experts import SplitExperts
 from qtool.models.streams import StreamStore
 from qtool.tensors import CalibrationStats
 
-Floats = Callable[[slice], Mapping[str, torch.Tensor]]
+Floats = Callable[[slice, Sequence[str]], Mapping[str, torch.Tensor]]
 MIN_EXPERT_TOKENS = 32
 EXPERT_COLUMNS_PER_TOKEN = 16  # an expert with fewer than K / 16 tokens has a Hessian of too low rank to be trusted
 
@@ -106,8 +106,8 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
     """Statistics of the inputs of `linears` (full names) of the block at path `prefix`, one per shared input.
 
     block: in `dtype` on `device`.  held_out: samples that are only measured, each batch is wholly of one kind.
-    floats: gives the inputs of the same linears in the unquantized model for a batch (or for some of the batches
-    nothing); with it `cross` is measured too.
+    floats: gives the inputs of the same linears in the unquantized model for a batch (for some batches
+    perhaps none); with it `cross` is measured too.
     Statistics are on `device`. Raises CalibrationError, NumericalError.
     """
     held_out = frozenset(held_out)
@@ -124,7 +124,9 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
         with torch.inference_mode():
             for batch in batches if linears else ():
                 held = _is_held(batch, held_out)
-                clean = floats(batch) if floats is not None else {}
+                # of linears that share an input, one is enough; who does is known after the first batch
+                leaders = sorted(set(watch.leaders.values())) or linears
+                clean = floats(batch, leaders) if floats is not None else {}
                 args, kwargs = arguments.for_block(index, batch.stop - batch.start)
                 watch.start()
                 with contextlib.suppress(_Seen):

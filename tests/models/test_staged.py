@@ -126,7 +126,7 @@ def test_the_unquantized_model_goes_beside(checkpoint, ids):
 
     def collect(names: list[str], batches: Iterator[slice]) -> Collected:
         return statistics.collect(run.block, PREFIX, names, run.arguments, 0, run.store, batches, HELD_OUT, CPU,
-                                  torch.float32, lambda batch: inputs(original, names, batch))
+                                  torch.float32, lambda batch, wanted: inputs(original, list(wanted), batch))
 
     still = Run(checkpoint("llama"), ids)
     changing = Run(checkpoint("llama"), ids)
