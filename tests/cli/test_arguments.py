@@ -190,8 +190,8 @@ def test_quantize_json_and_quiet(run: Run, place: Path, model: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_so_and_goes_on(number: int, status: int, place: Path) -> None:
     model = tiny.make(place / "deep", "llama", num_hidden_layers=16)
-    command = [sys.executable, "-m", "qtool", "quantize", str(model), "--group-size", "32", "--samples", "8",
-               "--sequence-length", "64", "--out", str(place / "out")]
+    command = [sys.executable, "-m", "qtool", "quantize", str(model), "--group-size", "32", "--samples", "64",
+               "--sequence-length", "128", "--out", str(place / "out")]
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=settings) as process:
         assert process.stderr is not None
