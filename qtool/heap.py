@@ -10,7 +10,7 @@ import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 MAPPED_FROM = 64 << 20  # bytes; larger blocks, such as weights, still go back when freed
-TRIMMED_FROM = 256 << 20
+TRIMMED_FROM = 128 << 20
 
 
 def reuse() -> None:
@@ -18,3 +18,10 @@ def reuse() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         mallopt(M_TRIM_THRESHOLD, TRIMMED_FROM)
+
+
+def give_back() -> None:
+    """Return what is free to the system, between two blocks: what one needed for solving is not kept for the next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

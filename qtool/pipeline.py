@@ -67,6 +67,7 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
         for stage, weights in _read_ahead(job, work.finished):
             began = time.monotonic()
             layers = _do_stage(job, stage, weights, stream)
+            heap.give_back()
             writer.sync()
             if stream is not None and stage.block is not None:
                 stream.save(stage.block + 1)

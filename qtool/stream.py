@@ -74,6 +74,7 @@ class Stream:
         for track, store in zip(self._tracks, self.stores, strict=True):
             statistics.propagate(track.block, plan.skeleton.blocks[index], self.arguments, index, store,
                                  self._staged.each(self._batches_of(store)), plan.device, plan.compute_dtype)
+            track.restore()
 
     def _collect(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
         plan = self.plan

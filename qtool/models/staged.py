@@ -125,6 +125,13 @@ class Track:
         self.done.append(done)
 
 
+    def restore(self) -> None:
+        """Give the parts their own forward back; without it a block that is done with would refer to itself."""
+        for one in self.done:
+            del self.block.get_submodule(one.part.path).forward
+        self.done.clear()
+
+
 class StagedBlock:
     """Takes a block through its parts, on one track or, with the unquantized model beside it, on two.
 

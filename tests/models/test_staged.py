@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -140,6 +142,21 @@ def test_the_unquantized_model_goes_beside(checkpoint, ids):
         for names in item:
             run.coarsen(names)
             changing.coarsen(names)
+
+
+def test_a_block_that_is_done_with_is_freed_at_once(checkpoint, ids):
+    run = Run(checkpoint("llama"), ids)
+    track = Track(run.block, new_store)
+    for item in StagedBlock([track], PREFIX, run.parts, BATCHES).collect(run.names, run.collect):
+        item.clear()
+    track.restore()
+    watched = weakref.ref(run.block)
+    gc.disable()
+    try:
+        del run.block, track
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failed_pass_leaves_no_hook(checkpoint, ids):
