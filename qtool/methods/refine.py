@@ -71,10 +71,10 @@ def sweep(answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor, b
                                                     answer.bits)
         if before is not None:
             if scales:
-                local -= change @ square
+                local.addmm_(change, square, alpha=-1)
                 refit_scales(part, part_scale, zero_point, group, local, square)
             change = ops.dequantize_affine(part, part_scale.float(), zero_point, group) - before
-        error -= change @ hessian[here]
+        error.addmm_(change, hessian[here], alpha=-1)  # in place: E may be the largest tensor of all
     return replace(answer, codes=codes, scale=scale)
 
 
@@ -92,4 +92,4 @@ def refit_scales(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Ten
         better = (curvature > 0) & (2 * move * slope > move.square() * curvature) & torch.isfinite(new) & (new != 0)
         move = torch.where(better, move, 0.0)
         scale[:, index] = torch.where(better, new, scale[:, index])
-        error -= (move[:, None] * steps) @ hessian[here]
+        error.addmm_(move[:, None] * steps, hessian[here], alpha=-1)
