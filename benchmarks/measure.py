@@ -1,6 +1,6 @@
 """Runs a command and keeps its seconds and peak memory, or tabulates what was kept.
 
-    python measure.py WORK LABEL COMMAND...     stdout of the command goes to WORK/LABEL.out
+    python measure.py WORK LABEL COMMAND...     what the command prints goes to WORK/LABEL.out and .err
     python measure.py WORK --table LABEL...     the last label is the peer: times are also given as ratios to its time
 
 The last line that a command prints, or all of it, is JSON with its own `seconds`: without loading and saving for the
@@ -20,8 +20,8 @@ from typing import Any
 
 def run(work: Path, label: str, command: list[str]) -> None:
     start = time.perf_counter()
-    with (work / f"{label}.out").open("w") as out:
-        subprocess.run(command, check=True, stdout=out)
+    with (work / f"{label}.out").open("w") as out, (work / f"{label}.err").open("w") as err:
+        subprocess.run(command, check=True, stdout=out, stderr=err)
     figures = {"process_seconds": round(time.perf_counter() - start, 1),
                "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)}
     printed = (work / f"{label}.out").read_text().strip()

@@ -51,7 +51,8 @@ ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (
 Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (auto).", metavar="NAME")]
 DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
-Method = Annotated[str | None, _recipe_option("The ready recipe of a method: gptq or rtn (gptq).", metavar="NAME")]
+Method = Annotated[str | None, _recipe_option("The ready recipe of a method: gptq, gptq-fast or rtn (gptq).",
+                                              metavar="NAME")]
 RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
 Bits = Annotated[int | None, _recipe_option("Bits of a code: 2, 3, 4 or 8 (4).", metavar="N")]
 GroupSize = Annotated[str | None, _recipe_option(

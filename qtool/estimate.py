@@ -90,7 +90,8 @@ def seconds(work: Work) -> float | None:
     passes = (1 if work.device.type == "cpu" else 2) * (1 + work.float_share)
     flops = 2.0 * passes * work.tokens * linear_weights
     flops += sum(columns**2 * work.tokens * (1 + 2 * work.float_share) for _, columns in shared.values())
-    flops += 6 * sum(linear.shape[0] * linear.shape[1] ** 2 for stage in work.stages for linear in stage.linears)
+    products = sum(one.shape[0] * one.shape[1] ** 2 for stage in work.stages for one in stage.linears)  # N K², to solve
+    flops += (20 if work.float_stream else 12) * products
     return flops / _rate(work.device, work.compute_dtype)
 
 

@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
-import transformers
 
 import qtool
 from qtool import card, estimate, found, heap, manifest, ops, quality
@@ -247,7 +247,7 @@ def _identity(checkpoint: Checkpoint, plan: Plan, tokens: calibration.Calibratio
         used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.samples,
                 "sequence_length": plan.recipe.calibration.sequence_length}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "device": plan.device.type, "ops": ops.backend()}
+                "transformers": version("transformers"), "device": plan.device.type, "ops": ops.backend()}
     return manifest.identity(qtool.__version__, source, plan.recipe.model_dump(mode="json"), used, versions)
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from qtool import estimate, found
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
+from qtool.models import outline
 from qtool.models import skeleton as skeletons
 from qtool.models.blocks import choose_compute_dtype
 from qtool.models.skeleton import Skeleton
@@ -135,7 +136,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     target = _device(device)
     format_ = found.load("formats", recipe.format)
     steps = tuple(_step(entry) for entry in recipe.steps)
-    skeleton = skeletons.build(checkpoint.directory, checkpoint.config, checkpoint.specs)
+    described = checkpoint.directory, checkpoint.config, checkpoint.specs
+    runs_nothing = not any(module.CALIBRATED for module, _ in steps)
+    skeleton = (outline.build(*described) if runs_nothing else None) or skeletons.build(*described)
     model_dtype = _model_dtype(recipe, checkpoint)
     linears, kept = _match(recipe, skeleton)
     recipe, linears = _settle_groups(recipe, linears)

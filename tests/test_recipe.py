@@ -16,7 +16,8 @@ def test_ready_recipes_load(name: str) -> None:
 
 
 def test_presets_are_ready_recipes() -> None:
-    assert recipe.preset("gptq").method == "gptq+refine"
+    assert recipe.preset("gptq").method == "asymmetric+gptq+refine"
+    assert recipe.preset("gptq-fast").method == "gptq+refine"
     assert recipe.preset("rtn").method == "rtn"
 
 
@@ -57,7 +58,7 @@ def test_overrides() -> None:
     base = recipe.preset("gptq")
     changed = recipe.override(base, {"scheme.bits": 3, "steps.gptq.damping": 0.05})
     assert changed.scheme.bits == 3
-    assert changed.steps[0]["gptq"]["damping"] == 0.05
+    assert changed.steps[1]["gptq"]["damping"] == 0.05
     assert base.scheme.bits == 4
     with pytest.raises(RecipeError, match="no step 'awq'"):
         recipe.override(base, {"steps.awq.x": 1})

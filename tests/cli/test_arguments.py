@@ -36,7 +36,7 @@ BAD_QUANTIZE = [
     ("MODEL --set foo", "write it as key=value"),
     ("MODEL --set scheme.bitz=3", "unknown key 'scheme.bitz'; did you mean 'bits'"),
     (f"MODEL --set steps.gptq.dampin=1 {SHAPED}", "unknown option 'dampin'.*damping"),
-    ("MODEL --set steps.awq.x=1", "no step 'awq'; its steps: gptq"),
+    ("MODEL --set steps.awq.x=1", "no step 'awq'; its steps: asymmetric, gptq"),
     ("MODEL --set scheme.bits=[", "not valid YAML"),
     (f"MODEL --format ggml {SHAPED}", "unknown format 'ggml'.*compressed-tensors, gptq"),
     (f"MODEL --format hf {SHAPED}", "hf keeps dense weights.*--format compressed-tensors"),
