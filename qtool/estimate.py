@@ -36,8 +36,9 @@ class Work:
     float_share: float
 
     @property
-    def float_stream(self) -> bool:
-        return self.float_share > 0
+    def streams(self) -> int:
+        """How many run through the blocks: one, or with the unquantized model's two."""
+        return 2 if self.float_share else 1
 
     @property
     def tokens(self) -> int:
@@ -62,9 +63,9 @@ def memory(work: Work) -> dict[str, int]:
     compute = work.compute_dtype.itemsize
     blocks = [_block(stage, work) for stage in work.stages if stage.block is not None]
     weights, statistics, solve, forward, source = (max(values) for values in zip(*blocks, strict=True))
-    weights *= 2 if work.float_stream else 1
+    weights *= work.streams
     stream = work.tokens * work.skeleton.hidden * work.model_dtype.itemsize
-    held = min(stream * (2 if work.float_stream else 1), int(work.recipe.memory_budget_gb * 1e9))
+    held = min(stream * work.streams, int(work.recipe.memory_budget_gb * 1e9))
     embedding = work.skeleton.vocabulary * work.skeleton.hidden * compute
     running = weights + statistics + max(solve + source, forward)
     return {"runtime": base, "stream": stream, "weights": weights, "statistics": statistics, "solve": solve,
@@ -77,8 +78,7 @@ def _kept(work: Work) -> int:
     if work.device.type != "cpu":
         return 0
     widest = max((linear.shape[1] for stage in work.stages for linear in stage.linears), default=0)
-    tracks = 2 if work.float_stream else 1
-    return work.tokens * (widest + 2 * work.skeleton.hidden) * work.model_dtype.itemsize * tracks
+    return work.tokens * (widest + 2 * work.skeleton.hidden) * work.model_dtype.itemsize * work.streams
 
 
 def seconds(work: Work) -> float | None:
@@ -91,7 +91,7 @@ def seconds(work: Work) -> float | None:
     flops = 2.0 * passes * work.tokens * linear_weights
     flops += sum(columns**2 * work.tokens * (1 + 2 * work.float_share) for _, columns in shared.values())
     products = sum(one.shape[0] * one.shape[1] ** 2 for stage in work.stages for one in stage.linears)  # N K², to solve
-    flops += (20 if work.float_stream else 12) * products
+    flops += (20 if work.float_share else 12) * products
     return flops / _rate(work.device, work.compute_dtype)
 
 
@@ -103,7 +103,7 @@ def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
     for one in stage.linears:  # linears of one width and parent share their input, or come close to it
         widths[one.shape[1]] = widths.get(one.shape[1], 0) + one.shape[0]
     parents = {(one.name.rpartition(".")[0], one.shape[1]) for one in stage.linears}
-    matrices = 2 if not work.float_stream else 4 if work.float_share == 1 else 5
+    matrices = 2 if not work.float_share else 4 if work.float_share == 1 else 5
     statistics = sum(columns**2 for _, columns in parents) * 4 * matrices
     solve = max((_solving(one.shape[0], one.shape[1], work) for one in _stacked(stage)), default=0)
     batch = work.recipe.calibration.batch_tokens or 0  # the plan fills it in

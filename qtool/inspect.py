@@ -21,7 +21,7 @@ from qtool.decode import Source
 from qtool.errors import CheckpointError, InputError, ModelError
 from qtool.recipe import Scheme
 from qtool.report import label
-from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
+from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec, all_finite
 
 SCHEMA = 1
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
@@ -142,7 +142,7 @@ def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) ->
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        if spec.dtype in FLOATING and not bool(torch.isfinite(tensor).all()):
+        if spec.dtype in FLOATING and not all_finite(tensor):
             problems.append(f"{name}: {int((~torch.isfinite(tensor)).sum())} values are NaN or infinite")
     for row in rows:
         before, now = row.get("recorded_weight_error"), row["weight_error"]

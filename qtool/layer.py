@@ -9,7 +9,7 @@ import torch
 
 from qtool.errors import NumericalError
 from qtool.recipe import Scheme
-from qtool.tensors import CalibrationStats, QuantizedTensor
+from qtool.tensors import CalibrationStats, QuantizedTensor, all_finite
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def factor(name: str, hessian: torch.Tensor, damping: float, mode: str,
     A matrix that is not positive definite in float32 is tried in float64, then with ten times the damping, and so
     on up to damping 1; the notes say what was needed. Raises NumericalError when even that fails.
     """
-    if not _finite(hessian):
+    if not all_finite(hessian):
         raise NumericalError(f"{name}: the Hessian has values that are not finite; check the calibration text")
     strength = damping
     while strength <= 1.0:
@@ -74,8 +74,3 @@ def factor(name: str, hessian: torch.Tensor, damping: float, mode: str,
                 return lower.float(), notes
         strength = max(strength * 10, 1e-6)
     raise NumericalError(f"{name}: the Hessian is not positive definite even at damping 1; use more calibration tokens")
-
-
-def _finite(matrix: torch.Tensor) -> bool:
-    """Whether every element is; without a mask of the matrix's size."""
-    return all(bool(torch.isfinite(end)) for end in matrix.aminmax()) if matrix.numel() else True

@@ -35,7 +35,7 @@ from qtool.layer import Layer
 from qtool.models import blocks, calibration
 from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
 from qtool.stream import Stream
-from qtool.tensors import FLOATING, CalibrationStats, QuantizedTensor
+from qtool.tensors import FLOATING, CalibrationStats, QuantizedTensor, all_finite
 from qtool.workspace import Workspace, refuse_existing
 
 
@@ -205,8 +205,7 @@ def _weight(job: Job, linear: LinearPlan, weights: dict[str, torch.Tensor]) -> t
 
 
 def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
-    # the ends of the range are finite only if every value is; one pass, no mask of the tensor's size
-    if tensor.dtype in FLOATING and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+    if tensor.dtype in FLOATING and not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NumericalError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged")
 

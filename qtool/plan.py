@@ -137,8 +137,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     format_ = found.load("formats", recipe.format)
     steps = tuple(_step(entry) for entry in recipe.steps)
     described = checkpoint.directory, checkpoint.config, checkpoint.specs
-    runs_nothing = not any(module.CALIBRATED for module, _ in steps)
-    skeleton = (outline.build(*described) if runs_nothing else None) or skeletons.build(*described)
+    calibrated = any(module.CALIBRATED for module, _ in steps)
+    skeleton = (None if calibrated else outline.build(*described)) or skeletons.build(*described)
     model_dtype = _model_dtype(recipe, checkpoint)
     linears, kept = _match(recipe, skeleton)
     recipe, linears = _settle_groups(recipe, linears)
@@ -147,7 +147,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
-    calibrated = any(module.CALIBRATED for module, _ in steps)
     work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
                          float_share(steps))
     return Plan(

@@ -12,7 +12,7 @@ import torch
 
 from qtool.models import blocks, statistics
 from qtool.models.calibration import CalibrationTokens
-from qtool.models.staged import Collected, NewStore, Part, StagedBlock, Track, find_parts
+from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
 from qtool.plan import Plan, Stage
 from qtool.workspace import Workspace
@@ -63,8 +63,9 @@ class Stream:
         """Statistics of the linears of a stage, in items that must be solved one after the other."""
         index, names = stage.block or 0, [linear.name for linear in stage.linears]
         parts = self._find_parts(block, index, names)
-        kinds = [(block, "quantized"), (copy.deepcopy(block), "float")][:len(self.stores)]
-        self._tracks = [Track(one, self._keep(kind) if self.plan.device.type == "cpu" else None) for one, kind in kinds]
+        self._tracks = [self._track(block, "quantized")]
+        if self.plan.float_stream:
+            self._tracks.append(self._track(copy.deepcopy(block), "float"))
         self._staged = StagedBlock(self._tracks, self.plan.skeleton.blocks[index], parts, self.batches)
         yield from self._staged.collect(names, lambda some, batches: self._collect(index, some, batches))
 
@@ -101,14 +102,12 @@ class Stream:
         make += tuple((path, "quantized") for path in paths)
         if make not in self._parts:
             batch = min(self.batches, key=lambda one: one.stop - one.start)
-            args, kwargs = self.arguments.for_block(index, batch.stop - batch.start)
-            hidden = self.stores[0].read(batch)
             self._parts[make] = find_parts(block, paths, lambda: statistics.run_block(
-                block, hidden, args, kwargs, self.plan.device, self.plan.compute_dtype))
+                block, self.arguments, index, self.stores[0], batch, self.plan.device, self.plan.compute_dtype))
         return self._parts[make]
 
-    def _keep(self, kind: str) -> NewStore:
-        """Makes stores in files, whatever the budget: they are written and read once a block, mostly in the cache."""
+    def _track(self, block: torch.nn.Module, kind: str) -> Track:
+        """Its stores are files, whatever the budget: they are written and read once a block, mostly in the cache."""
         def new_store(what: str, width: int) -> StreamStore:
             key = (kind, what, width)
             if key not in self._kept:
@@ -116,7 +115,7 @@ class Stream:
                 self._kept[key] = StreamStore(samples, length, width, self.plan.model_dtype, 0, self.folder)
             return self._kept[key]
 
-        return new_store
+        return Track(block, new_store if self.plan.device.type == "cpu" else None)
 
     def save(self, index: int) -> None:
         """Make the stream at the entrance of block `index` durable; the last block needs none."""

@@ -77,6 +77,11 @@ class CalibrationStats:
     paired: torch.Tensor | None = None
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite: the ends of the range tell, in one pass and without a mask of its size."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
+
+
 def group_count(columns: int, group_size: int) -> int:
     """Number of groups along K; group_size -1 is one group per row."""
     return 1 if group_size == -1 else columns // group_size

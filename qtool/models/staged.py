@@ -124,7 +124,6 @@ class Track:
         self.block.get_submodule(part.path).forward = done.forward  # type: ignore[method-assign]
         self.done.append(done)
 
-
     def restore(self) -> None:
         """Give the parts their own forward back; without it a block that is done with would refer to itself."""
         for one in self.done:

@@ -127,10 +127,9 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
                 # of linears that share an input, one is enough; who does is known after the first batch
                 leaders = sorted(set(watch.leaders.values())) or linears
                 clean = floats(batch, leaders) if floats is not None else {}
-                args, kwargs = arguments.for_block(index, batch.stop - batch.start)
                 watch.start()
                 with contextlib.suppress(_Seen):
-                    run_block(block, store.read(batch), args, kwargs, device, dtype)
+                    run_block(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
     return _finish(groups, watch.leaders, linears, experts)
@@ -143,11 +142,10 @@ def inputs_of(block: nn.Module, prefix: str, linears: Sequence[str], arguments: 
     found: dict[str, torch.Tensor] = {}
     wanted = [name for name in linears if not name.startswith(experts)] if experts else linears
     watch = _Watch(block, prefix, wanted, found.__setitem__)
-    args, kwargs = arguments.for_block(index, batch.stop - batch.start)
     try:
         with contextlib.suppress(_Seen):
             watch.start()
-            run_block(block, store.read(batch), args, kwargs, device, dtype)
+            run_block(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
     return found
@@ -163,19 +161,19 @@ def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int
     """Run the block on the stream and put its output in the stream's place. Raises NumericalError naming the block."""
     with torch.inference_mode():
         for batch in batches:
-            args, kwargs = arguments.for_block(index, batch.stop - batch.start)
-            output = run_block(block, store.read(batch), args, kwargs, device, dtype)
+            output = run_block(block, arguments, index, store, batch, device, dtype)
             if not torch.isfinite(output.sum(dtype=torch.float32)):
                 raise NumericalError(f"{name}: the output of the block is not finite on calibration samples "
                                      f"{batch.start}..{batch.stop - 1}; check the weights, or use --set dtype=float32")
             store.write(batch, output)
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
+def run_block(block: nn.Module, arguments: BlockArguments, index: int, store: StreamStore, batch: slice,
               device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The hidden states [B, T, hidden] after the block."""
+    """The hidden states [B, T, hidden] after block `index`, of the samples in `batch` as `store` has them before it."""
+    args, kwargs = arguments.for_block(index, batch.stop - batch.start)
     # a copy, because what the block receives must not change when the stream is written
-    output = block(hidden.to(device=device, dtype=dtype, copy=True), *args, **kwargs)
+    output = block(store.read(batch).to(device=device, dtype=dtype, copy=True), *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -31,10 +31,11 @@ class Run:
         self.names = list(loaded.skeleton.block_linears(0))
         self.store, self.arguments = loaded.captured(ids, BATCHES)
         paths = [name.removeprefix(PREFIX + ".") for name in self.names]
-        args, kwargs = self.arguments.for_block(0, 1)
-        hidden = self.store.read(BATCHES[-1])
-        self.parts = find_parts(self.block, paths, lambda: statistics.run_block(
-            self.block, hidden, args, kwargs, CPU, torch.float32))
+        self.parts = self.find(*paths)
+
+    def find(self, *paths: str) -> tuple[Part, ...]:
+        return find_parts(self.block, paths, lambda: statistics.run_block(
+            self.block, self.arguments, 0, self.store, BATCHES[-1], CPU, torch.float32))
 
     def collect(self, names: list[str], batches: Iterator[slice]) -> Collected:
         return statistics.collect(self.block, PREFIX, names, self.arguments, 0, self.store, batches, HELD_OUT, CPU,
@@ -66,16 +67,10 @@ def test_parts(checkpoint, ids, family, expected):
 
 def test_a_part_needs_a_solved_tail(checkpoint, ids):
     run = Run(checkpoint("llama"), ids)
-    args, kwargs = run.arguments.for_block(0, 1)
-
-    def found(*paths: str) -> tuple[Part, ...]:
-        return find_parts(run.block, paths, lambda: statistics.run_block(
-            run.block, run.store.read(BATCHES[-1]), args, kwargs, CPU, torch.float32))
-
-    assert found("mlp.down_proj") == (Part("mlp", (), "mlp.down_proj", 0),)
-    assert found("self_attn.q_proj", "mlp.down_proj") == ()  # what the MLP receives would still change
+    assert run.find("mlp.down_proj") == (Part("mlp", (), "mlp.down_proj", 0),)
+    assert run.find("self_attn.q_proj", "mlp.down_proj") == ()  # what the MLP receives would still change
     run.block.mlp.register_forward_hook(lambda _module, _inputs, output: output * 1.0)
-    assert found("mlp.down_proj") == ()
+    assert run.find("mlp.down_proj") == ()
 
 
 @pytest.mark.parametrize("keep", [True, False])
