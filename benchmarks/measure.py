@@ -1,7 +1,8 @@
 """Runs a command and keeps its seconds and peak memory, or tabulates what was kept.
 
-    python measure.py WORK LABEL COMMAND...     what the command prints goes to WORK/LABEL.out and .err
-    python measure.py WORK --table LABEL...     the last label is the peer: times are also given as ratios to its time
+    python measure.py WORK LABEL COMMAND...   what the command prints goes to WORK/LABEL.out and .err
+    python measure.py WORK --table LABEL...   beside quality.json of side_by_side.py; times are given as ratios to the
+                                              last label's too
 
 The last line that a command prints, or all of it, is JSON with its own `seconds`: without loading and saving for the
 peer, without start-up for qtool.
@@ -36,19 +37,17 @@ def run(work: Path, label: str, command: list[str]) -> None:
 
 def table(work: Path, labels: list[str]) -> None:
     runs: dict[str, Any] = {label: json.loads((work / f"{label}.json").read_text()) for label in labels}
+    quality = json.loads((work / "quality.json").read_text())
     peer = runs[labels[-1]]
-    print("| run | seconds | of the peer's | whole process s | peak RSS MB | weights MB | perplexity | excess | KL | "
-          "top-1 |\n|---|---|---|---|---|---|---|---|---|---|")
+    print("| run | seconds | of the last's | whole process s | peak RSS MB | perplexity | excess | KL | top-1 |\n"
+          "|---|---|---|---|---|---|---|---|---|")
     for label in labels:
-        one, quality = runs[label], json.loads((work / f"{label}.eval.json").read_text())
-        model, excess = quality["model"], quality["excess"]
+        one, figures = runs[label], quality[label]
         cells = (label, one["seconds"], f"{one['seconds'] / peer['seconds']:.3f}", one["process_seconds"],
-                 one["peak_rss_mb"], f"{model['weight_bytes'] / 1e6:.1f}", f"{model['perplexity']:.3f}",
-                 f"{excess['mean']:.4f} ± {excess['error']:.4f}", f"{quality['kl']['mean']:.4f}",
-                 f"{quality['top1_agreement']:.4f}")
+                 one["peak_rss_mb"], f"{figures['perplexity']:.3f}",
+                 f"{figures['excess']:.4f} ± {figures['error']:.4f}", f"{figures['kl']:.4f}", f"{figures['top1']:.4f}")
         print("| " + " | ".join(map(str, cells)) + " |")
-    print(f"original: perplexity {quality['against']['perplexity']:.3f}, {quality['text']['windows']} windows of "
-          f"{quality['text']['context']} tokens; KL and agreement are over the same windows")
+    print(f"original: perplexity {quality['original']['perplexity']:.3f}")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,6 @@ quantize rtn rtn-int4
 quantize gptq gptq-int4 "${CALIBRATED[@]}"
 quantize gptq-fast gptq-int4-fast "${CALIBRATED[@]}"
 measure llm-compressor "$PEER" benchmarks/peer_llmcompressor.py "$MODEL" "$WORK/llm-compressor" "$WORK/ids.safetensors"
-for label in rtn gptq gptq-fast llm-compressor; do
-  .venv/bin/qtool eval "$WORK/$label" --against "$MODEL" --text "$DATA/wikitext2-test.txt" --windows "$WINDOWS" \
-    --context 1024 --json > "$WORK/$label.eval.json"
-done
+.venv/bin/python benchmarks/side_by_side.py "$MODEL" "$DATA/wikitext2-test.txt" "$WORK/quality.json" \
+  "$WORK"/{rtn,gptq,gptq-fast,llm-compressor} --windows "$WINDOWS"
 .venv/bin/python benchmarks/measure.py "$WORK" --table rtn gptq gptq-fast llm-compressor

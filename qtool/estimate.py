@@ -5,6 +5,7 @@ Memory is that of the process on a CPU; the terms are named so that `--dry-run -
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,10 @@ def memory(work: Work) -> dict[str, int]:
     compute = work.compute_dtype.itemsize
     blocks = [_block(stage, work) for stage in work.stages if stage.block is not None]
     weights, statistics, solve, forward, source = (max(values) for values in zip(*blocks, strict=True))
-    weights *= work.streams
     stream = work.tokens * work.skeleton.hidden * work.model_dtype.itemsize
     held = min(stream * work.streams, int(work.recipe.memory_budget_gb * 1e9))
     embedding = work.skeleton.vocabulary * work.skeleton.hidden * compute
-    running = weights + statistics + max(solve + source, forward)
+    running = weights + source + max(statistics + forward, solve)
     return {"runtime": base, "stream": stream, "weights": weights, "statistics": statistics, "solve": solve,
             "forward": forward, "read_ahead": source, "embedding": embedding, "kept_in_files": _kept(work),
             "peak": base + held + max(running, embedding + largest)}
@@ -96,41 +96,58 @@ def seconds(work: Work) -> float | None:
 
 
 def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
-    """(weights, statistics, largest solve, forward, next block as read) of one block, in bytes."""
-    compute = work.compute_dtype.itemsize
-    elements = sum(one.shape[0] * one.shape[1] for one in stage.linears)
-    widths: dict[int, int] = {}
-    for one in stage.linears:  # linears of one width and parent share their input, or come close to it
-        widths[one.shape[1]] = widths.get(one.shape[1], 0) + one.shape[0]
-    parents = {(one.name.rpartition(".")[0], one.shape[1]) for one in stage.linears}
-    matrices = 2 if not work.float_share else 4 if work.float_share == 1 else 5
-    statistics = sum(columns**2 for _, columns in parents) * 4 * matrices
-    solve = max((_solving(one.shape[0], one.shape[1], work) for one in _stacked(stage)), default=0)
+    """(weights, statistics, solving with them, forward, blocks as read) of one block, in bytes."""
+    compute, elements = work.compute_dtype.itemsize, sum(one.shape[0] * one.shape[1] for one in stage.linears)
+    groups = _groups(stage)
+    sums = [_statistics(columns, work) for _, columns in groups]
+    solving = [_solving(rows, columns, work) for rows, columns in groups]
+    if any(".experts." in one.name for one in stage.linears):  # all are collected before the first is solved
+        statistics, solve = sum(sums), sum(sums) + max(solving)
+    else:
+        statistics, solve = max(sums, default=0), max(solving, default=0)
     batch = work.recipe.calibration.batch_tokens or 0  # the plan fills it in
     widest = max((max(one.shape) for one in stage.linears), default=0)
     forward = batch * (3 * widest + 6 * work.skeleton.hidden) * compute
-    return elements * compute, statistics, solve, forward, elements * work.model_dtype.itemsize
+    as_read = elements * work.model_dtype.itemsize
+    # this block's weights as read are the block's own where no conversion is needed; the next block's come on top
+    return (elements * compute * work.streams, statistics, solve, forward,
+            as_read * (1 if work.compute_dtype is work.model_dtype else 2))
 
 
-@dataclass(frozen=True)
-class _Stack:
-    shape: tuple[int, int]
-
-
-def _stacked(stage: Stage) -> list[_Stack]:
-    """Linears that will probably be solved together: same parent module, same input width."""
+def _groups(stage: Stage) -> list[tuple[int, int]]:
+    """(rows, columns) of the linears that will probably be solved together: same parent module, same input width."""
     rows: dict[tuple[str, int], int] = {}
     for one in stage.linears:
         key = (one.name.rpartition(".")[0], one.shape[1])
         rows[key] = rows.get(key, 0) + one.shape[0]
-    return [_Stack((count, columns)) for (_, columns), count in rows.items()]
+    return [(count, columns) for (_, columns), count in rows.items()]
+
+
+def _statistics(columns: int, work: Work) -> int:
+    """Sums over the inputs of one group while they are collected: H, of paired tokens again, cross; held-out tokens."""
+    matrices = 1 if not work.float_share else 2 if work.float_share == 1 else 3
+    return 4 * columns**2 * matrices + _held_out(columns, work)
+
+
+def _held_out(columns: int, work: Work) -> int:
+    tokens = math.ceil(work.samples * work.recipe.calibration.held_out) * work.recipe.calibration.sequence_length
+    if tokens < columns:
+        return tokens * columns * work.compute_dtype.itemsize * work.streams
+    return 4 * columns**2 * work.streams
 
 
 def _solving(rows: int, columns: int, work: Work) -> int:
-    """Working set of one solve: float32 W, permuted W, D, E, the decoded answer, codes; H in solving order and L."""
+    """Working set of one solve, statistics included.
+
+    The target: W, its change twice; H, H of the paired tokens, L and the matrix that it comes from. The codes: W,
+    target, the decoded answer, D, E, codes; H, H in solving order, L.
+    """
+    weights = rows * columns
     if not work.calibrated:
-        return rows * columns * (work.model_dtype.itemsize + 4 + 4 + 4 + 2)
-    return rows * columns * (4 * 5 + 3) + columns * columns * 4 * 2
+        return weights * (work.model_dtype.itemsize + 4 + 4 + 4 + 2)
+    target = weights * 12 + columns**2 * 4 * (4 if work.float_share < 1 else 3) if work.float_share else 0
+    codes = weights * ((20 if work.float_share else 16) + 3) + columns**2 * 4 * 3
+    return max(target, codes) + _held_out(columns, work)
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -115,9 +115,12 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     for collected in stream.collect(block, stage):
         while collected:
             names, stats = collected.popitem()
-            for group in _same_scheme([linears[name] for name in names if name in linears]):
+            groups = _same_scheme([linears[name] for name in names if name in linears])
+            while groups:
+                group = groups.pop(0)
                 originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
-                records += _solve(job, group, originals, stats, block)
+                # the last may take out of the statistics what its steps have done with
+                records += _solve(job, group, originals, replace(stats) if groups else stats, block)
             del stats
     weights.clear()
     if index + 1 < plan.blocks:
@@ -158,8 +161,8 @@ def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: t
     in_weights = quality.weight_error(weight, weight - dense)
     in_outputs = None
     if stats is not None:
-        hessian = stats.held_out if stats.held_out_tokens else stats.hessian
-        in_outputs = quality.output_error(target, target - dense, hessian)
+        energy = stats.held_out.energy if stats.held_out.tokens else quality.energy_under(stats.hessian)
+        in_outputs = quality.output_error(target, target - dense, energy)
     if not (in_weights >= 0 and (in_outputs is None or in_outputs >= 0)):
         raise NumericalError(f"{linear.name}: the quantized weight is not finite; use more damping or more "
                              "calibration tokens")
@@ -170,7 +173,7 @@ def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: t
         "scheme": linear.scheme.model_dump(),
         "bytes": linear_bytes(plan.format, linear, plan.model_dtype),
         "relative_error": _rounded(in_outputs), "weight_error": _rounded(in_weights), "sqnr_db": _rounded(ratio),
-        "tokens": stats.tokens if stats else 0, "held_out_tokens": stats.held_out_tokens if stats else 0,
+        "tokens": stats.tokens if stats else 0, "held_out_tokens": stats.held_out.tokens if stats else 0,
         "pooled": bool(stats and stats.pooled), "solved_together": solved_together, **layer.notes,
     }
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 
-def output_error(weight: torch.Tensor, difference: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Relative squared error of the outputs, tr(D H Dᵀ) / tr(W H Wᵀ), for W, D [N, K] and H [K, K], all float32."""
-    reference = _energy(weight, hessian)
-    return _energy(difference, hessian) / reference if reference > 0 else 0.0
+def output_error(weight: torch.Tensor, difference: torch.Tensor, energy: Callable[[torch.Tensor], float]) -> float:
+    """Relative squared error of the outputs for W, D [N, K]; energy(M) is the mean of |M x|² over the inputs x."""
+    reference = energy(weight)
+    return energy(difference) / reference if reference > 0 else 0.0
+
+
+def energy_under(hessian: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """M [N, K] -> tr(M H Mᵀ), for H [K, K], all float32."""
+    return lambda matrix: float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
 
 
 def weight_error(weight: torch.Tensor, difference: torch.Tensor) -> float:
@@ -22,10 +28,6 @@ def weight_error(weight: torch.Tensor, difference: torch.Tensor) -> float:
 def sqnr_db(relative_error: float) -> float | None:
     """Signal to quantization noise ratio in decibels; None where the error is zero (infinite)."""
     return -10 * math.log10(relative_error) if relative_error > 0 else None
-
-
-def _energy(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
-    return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
 
 
 def _square_sum(matrix: torch.Tensor) -> float:

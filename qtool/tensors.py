@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from qtool.moments import HeldOut
 
 # safetensors' names of the element types, https://github.com/huggingface/safetensors#format
 DTYPE_NAMES = {
@@ -60,21 +64,18 @@ class QuantizedTensor:
 class CalibrationStats:
     """What calibration knows about the inputs x [T, K] of one set of linears that share them.
 
-    hessian: float32 [K, K], mean of x xᵀ over the fitting tokens.  held_out: the same over the held-out tokens.
-    cross: float32 [K, K] or None, mean of (x~ - x) xᵀ with x~ the input in the unquantized model
-    (frontier: C - H), over those fitting tokens that also ran through the unquantized model.  paired: the mean of x xᵀ
-    over these tokens, None when they are all.  held_out_cross: cross over held-out tokens.  tokens, held_out_tokens:
-    how many there were.
+    hessian: float32 [K, K], mean of x xᵀ over the `tokens` fitting tokens.  held_out: what measures an answer.
+    cross: float32 [K, K] or None, mean of (x~ - x) xᵀ with x~ the input in the unquantized model (frontier: C - H),
+    over those fitting tokens that also ran through the unquantized model.  paired: the mean of x xᵀ over these tokens,
+    None when they are all.  A step that is the only one to need `cross` and `paired` takes them out: they are large.
     """
 
     hessian: torch.Tensor
-    held_out: torch.Tensor
+    held_out: HeldOut
     tokens: int
-    held_out_tokens: int
     cross: torch.Tensor | None = None
-    held_out_cross: torch.Tensor | None = None
-    pooled: bool = False
     paired: torch.Tensor | None = None
+    pooled: bool = False
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from qtool.errors import NumericalError, RecipeError
 from qtool.grids import affine
 from qtool.layer import Layer, damped, factor
 from qtool.methods import asymmetric, gptq, refine, rtn
+from qtool.moments import HeldOut
 from qtool.recipe import Scheme
 from qtool.tensors import CalibrationStats, QuantizedTensor
 
@@ -27,14 +28,16 @@ def problem(scheme: Scheme, rows: int = 24, columns: int = 128, tokens: int = 60
     noise = inputs @ (0.1 * torch.randn(columns, columns, generator=generator) / columns**0.5)  # x~ - x
     fit, held = inputs[:tokens], inputs[tokens:]
     weight = torch.randn(rows, columns, generator=generator)
-    stats = CalibrationStats(fit.T @ fit / tokens, held.T @ held / tokens, tokens, tokens,
-                             noise[:tokens].T @ fit / tokens, noise[tokens:].T @ held / tokens)
+    held_out = HeldOut(columns, False, inputs.device)
+    held_out.add(held, held + noise[tokens:])
+    stats = CalibrationStats(fit.T @ fit / tokens, held_out.finish(), tokens, noise[:tokens].T @ fit / tokens)
     return Layer("layer", weight, weight, scheme, dtype, stats)
 
 
 def loss(layer: Layer) -> float:
     assert layer.stats is not None and layer.quantized is not None
-    return quality.output_error(layer.weight, layer.target - affine.decode(layer.quantized), layer.stats.hessian)
+    return quality.output_error(layer.weight, layer.target - affine.decode(layer.quantized),
+                                quality.energy_under(layer.stats.hessian))
 
 
 def textbook_gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int,
@@ -101,17 +104,17 @@ def test_stored_scales_are_the_scales_used() -> None:
 
 def test_asymmetric_target_lowers_the_distance_to_the_unquantized_model() -> None:
     layer = problem(SCHEMES[0])
+    held_out = layer.stats.held_out
     moved = asymmetric.run(layer, asymmetric.Options())
     assert 0 < moved.notes["asymmetric"] <= 1
     assert layer.stats is not None
 
     def distance(target: torch.Tensor) -> float:  # |T x - W x~|² on held-out tokens, less a constant
         change = target - layer.weight
-        return float(((change @ layer.stats.held_out) * change).sum()
-                     - 2 * ((change @ layer.stats.held_out_cross.T) * layer.weight).sum())
+        return held_out.energy(change) - 2 * held_out.pull(change, layer.weight)
 
     assert distance(moved.target) < distance(layer.target) == 0
-    half = asymmetric.run(layer, asymmetric.Options(factor=0.5 * moved.notes["asymmetric"]))
+    half = asymmetric.run(problem(SCHEMES[0]), asymmetric.Options(factor=0.5 * moved.notes["asymmetric"]))
     assert distance(moved.target) <= distance(half.target)
 
 
@@ -159,7 +162,8 @@ def test_refine_never_raises_the_loss_and_its_bookkeeping_is_exact(group: int, b
     hessian = damped(layer.stats.hessian, 0.01, "mean")
 
     def damped_loss(answer: QuantizedTensor) -> float:
-        return quality.output_error(layer.weight, layer.target - affine.decode(answer), hessian)
+        return quality.output_error(layer.weight, layer.target - affine.decode(answer),
+                                    quality.energy_under(hessian))
 
     answer, last = layer.quantized, damped_loss(layer.quantized)
     error = (layer.target - affine.decode(answer)) @ hessian

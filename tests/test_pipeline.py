@@ -93,6 +93,14 @@ def test_gptq_with_an_asymmetric_target(tmp_path: Path) -> None:
     assert all(factor == 0 for factor in factors[:3])  # the first block's inputs are not quantized yet
 
 
+def test_every_scheme_of_a_shared_input_gets_the_asymmetric_target(tmp_path: Path) -> None:
+    """A step takes the statistics apart when it has done with them; linears with other bits need them as well."""
+    model = tiny.make(tmp_path / "model", "llama")
+    result = quantize(model, tmp_path / "out", steps=[{"asymmetric": {"factor": 0.5}}, {"gptq": {}}],
+                      rules=[{"match": "*.q_proj", "bits": 8}, {"match": "*.v_proj", "bits": 2}])
+    assert {layer["asymmetric"] for layer in result["layers"]} == {0.5}
+
+
 def test_spilled_activations_give_the_same_bytes(tmp_path: Path) -> None:
     model = tiny.make(tmp_path / "model", "llama")
     quantize(model, tmp_path / "ram")

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from qtool.errors import NumericalError
 from qtool.layer import Layer, factor
+from qtool.moments import HeldOut
 from qtool.recipe import Strict
 
 CALIBRATED = True
@@ -41,23 +42,23 @@ def run(layer: Layer, options: Options) -> Layer:
         raise NumericalError(f"{layer.name}: the asymmetric target needs calibration statistics and got none")
     if stats.cross is None:  # experts: the two streams may route a token differently
         return layer.having(notes={"asymmetric": 0.0})
+    moved = layer.weight @ stats.cross
     # H of the very tokens of C: what they share of chance cancels
     hessian = stats.hessian if stats.paired is None else stats.paired
+    stats.cross = stats.paired = None  # the largest things in memory, and no later step needs them
     lower, _ = factor(layer.name, hessian, options.damping, options.damping_mode)
-    direction = _solve(lower, layer.weight @ stats.cross)
-    strength = best_factor(layer.weight, direction, stats.held_out, stats.held_out_cross)
+    del hessian
+    direction = _solve(lower, moved)
+    del lower, moved
+    strength = best_factor(layer.weight, direction, stats.held_out)
     strength = min(strength, options.limit) if options.factor == "auto" else float(options.factor)
     return layer.having(target=layer.weight + strength * direction, notes={"asymmetric": round(strength, 4)})
 
 
-def best_factor(weight: torch.Tensor, direction: torch.Tensor, hessian: torch.Tensor,
-                cross: torch.Tensor | None) -> float:
-    """argmin over a in [0, 1] of |(W + a P) X - W X~|² on the tokens of hessian and cross, P the direction [N, K]."""
-    if cross is None:
-        return 0.0
-    slope = float(((direction @ cross.T) * weight).sum(dtype=torch.float64))
-    curvature = float(((direction @ hessian) * direction).sum(dtype=torch.float64))
-    return min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+def best_factor(weight: torch.Tensor, direction: torch.Tensor, held_out: HeldOut) -> float:
+    """argmin over a in [0, 1] of |(W + a P) X - W X~|² on held-out tokens, P the direction [N, K]; 0 without any."""
+    curvature = held_out.energy(direction) if held_out.paired else 0.0
+    return min(max(held_out.pull(direction, weight) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
 
 
 def _solve(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ from qtool.errors import CalibrationError, NumericalError
 from qtool.models.blocks import BlockArguments
 from qtool.models.experts import SplitExperts
 from qtool.models.streams import StreamStore
-from qtool.tensors import CalibrationStats
+from qtool.moments import HeldOut, add_gram, add_product, mirror, zeros
+from qtool.tensors import CalibrationStats, all_finite
 
 Floats = Callable[[slice, Sequence[str]], Mapping[str, torch.Tensor]]
 MIN_EXPERT_TOKENS = 32
@@ -39,13 +40,11 @@ class _Group:
 
     names: list[str]
     fit: torch.Tensor
-    held: torch.Tensor | None = None
+    held: HeldOut
     cross: torch.Tensor | None = None
-    held_cross: torch.Tensor | None = None
     paired: torch.Tensor | None = None
     tokens: int = 0
     paired_tokens: int = 0
-    held_tokens: int = 0
 
 
 class _Watch:
@@ -111,13 +110,17 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
     Statistics are on `device`. Raises CalibrationError, NumericalError.
     """
     held_out = frozenset(held_out)
+    held_tokens = len(held_out) * store.shape[1]
     experts = expert_prefixes(block, prefix)
     groups: dict[str, _Group] = {}
     clean: Mapping[str, torch.Tensor] = {}
     held = False
 
     def measure(name: str, x: torch.Tensor) -> None:
-        _add(groups, name, x, clean.get(name), held)
+        if name not in groups:
+            columns = x.shape[1]
+            groups[name] = _Group([name], zeros(columns, x.device), HeldOut(columns, held_tokens < columns, x.device))
+        _add(groups[name], x, clean.get(name), held)
 
     watch = _Watch(block, prefix, linears, measure)
     try:
@@ -132,7 +135,7 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
                     run_block(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
-    return _finish(groups, watch.leaders, linears, experts)
+    return _finish(groups, watch.leaders, linears, experts, device)
 
 
 def inputs_of(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
@@ -184,62 +187,23 @@ def _is_held(batch: slice, held_out: frozenset[int]) -> bool:
     return count > 0
 
 
-def _add(groups: dict[str, _Group], name: str, x: torch.Tensor, x_float: torch.Tensor | None, held: bool) -> None:
-    columns = x.shape[1]
-
-    def zeros() -> torch.Tensor:
-        with torch.inference_mode(False):  # the sums outlive the pass: methods may change them in place
-            return torch.zeros(columns, columns, device=x.device)
-
-    group = groups.get(name)
-    if group is None:
-        group = groups[name] = _Group([name], zeros())
+def _add(group: _Group, x: torch.Tensor, x_float: torch.Tensor | None, held: bool) -> None:
     if held:
-        group.held = zeros() if group.held is None else group.held
-        group.held_tokens += len(x)
-        add_gram(group.held, x)
-    elif x_float is None:
-        group.tokens += len(x)
-        add_gram(group.fit, x)
-    else:
-        group.paired = zeros() if group.paired is None else group.paired
-        group.tokens += len(x)
-        group.paired_tokens += len(x)
-        add_gram(group.paired, x)
-    if x_float is None:
+        group.held.add(x, x_float)
         return
-    if held:
-        group.held_cross = zeros() if group.held_cross is None else group.held_cross
-        add_product(group.held_cross, x_float - x, x)
-    else:
-        group.cross = zeros() if group.cross is None else group.cross
-        add_product(group.cross, x_float - x, x)
-
-
-def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total [K, K] += xᵀ x of x [T, K], on and below the diagonal; above it only inside the tiles on the diagonal."""
-    columns = x.shape[1]
-    x = x if x.is_cuda else x.float()
-    tile = tile_width(columns)
-    for start in range(0, columns, tile):
-        add_product(total[start:, start:start + tile], x[:, start:], x[:, start:start + tile])
-
-
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total [M, N] float32 += leftᵀ right of left [T, M] and right [T, N], accumulated in float32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        total += torch.mm(left.T, right, out_dtype=torch.float32)  # the CPU has no such product
-    else:
-        total.addmm_(left.T.float(), right.float())
-
-
-def tile_width(columns: int) -> int:
-    """Columns per product: narrow tiles save more of the upper triangle, wide ones keep the matrix units busy."""
-    return max(128, min(512, columns // 12 // 16 * 16))
+    group.tokens += len(x)
+    if x_float is None:
+        add_gram(group.fit, x)
+        return
+    if group.paired is None or group.cross is None:
+        group.paired, group.cross = zeros(x.shape[1], x.device), zeros(x.shape[1], x.device)
+    group.paired_tokens += len(x)
+    add_gram(group.paired, x)
+    add_product(group.cross, x_float - x, x)
 
 
 def _finish(groups: dict[str, _Group], leaders: dict[str, str], linears: Sequence[str],
-            experts: tuple[str, ...]) -> dict[tuple[str, ...], CalibrationStats]:
+            experts: tuple[str, ...], device: torch.device) -> dict[tuple[str, ...], CalibrationStats]:
     """Means from sums; experts that saw too little get the statistics of all experts of their layer together."""
     routed = {name for name in linears if experts and name.startswith(experts)}
     missing = [name for name in linears if name not in leaders and name not in routed]
@@ -254,7 +218,7 @@ def _finish(groups: dict[str, _Group], leaders: dict[str, str], linears: Sequenc
         leader = leaders.get(name, name)
         if leader not in groups:  # an expert without tokens shares as the others of its layer do
             leader = name.removesuffix(_kind(name)) + sharing.get(_kind(name), _kind(name))
-            groups.setdefault(leader, _Group([], torch.empty(0)))
+            groups.setdefault(leader, _Group([], torch.empty(0), HeldOut(0, True, device)))
         groups[leader].names.append(name)
     pools = {layer_kind: _pool(members) for layer_kind, members in _by_layer_and_kind(groups, routed).items()}
     return {tuple(group.names): _statistics(group, pools.get(_layer_kind(leader)) if leader in routed else None)
@@ -278,9 +242,9 @@ def _by_layer_and_kind(groups: dict[str, _Group], routed: set[str]) -> dict[tupl
     for leader, group in groups.items():
         if leader in routed:
             members.setdefault(_layer_kind(leader), []).append(group)
-    any_held = any(group.held_tokens for group in groups.values())
+    any_held = any(group.held.tokens for group in groups.values())
     return {key: found for key, found in members.items()
-            if any(_too_few(group) or (any_held and not group.held_tokens) for group in found)}
+            if any(_too_few(group) or (any_held and not group.held.tokens) for group in found)}
 
 
 def _too_few(group: _Group) -> bool:
@@ -288,10 +252,10 @@ def _too_few(group: _Group) -> bool:
 
 
 def _check_finite(group: _Group) -> None:
-    for total in (group.fit, group.paired, group.held, group.cross, group.held_cross):
-        if total is not None and not torch.isfinite(total.diagonal()).all():
-            raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, "
-                                 "or use --set dtype=float32 when they are float16")
+    sums = [total.diagonal() for total in (group.fit, group.paired, group.cross) if total is not None]
+    if not (all(map(all_finite, sums)) and group.held.finite()):
+        raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, "
+                             "or use --set dtype=float32 when they are float16")
 
 
 def _pool(groups: list[_Group]) -> _Group:
@@ -300,18 +264,14 @@ def _pool(groups: list[_Group]) -> _Group:
     if not reached:
         raise CalibrationError(f"{groups[0].names[0]}: no calibration token reached any expert of this layer; use more "
                                "calibration text")
-    columns = len(reached[0].fit)
-    pool = _Group(["pool"], torch.zeros_like(reached[0].fit))
-    for group in reached:
-        pool.fit += group.fit
-        pool.tokens += group.tokens
+    pool = _Group(["pool"], torch.zeros_like(reached[0].fit), reached[0].held.like())
     for group in groups:
-        if group.held is not None:
-            pool.held = pool.fit.new_zeros(columns, columns) if pool.held is None else pool.held
-            pool.held += group.held
-            pool.held_tokens += group.held_tokens
+        if group.tokens:
+            pool.fit += group.fit
+            pool.tokens += group.tokens
+        pool.held.absorb(group.held)
     pool.fit = _mean(pool.fit, pool.tokens)
-    pool.held = None if pool.held is None else _mean(pool.held, pool.held_tokens)
+    pool.held.finish()
     return pool
 
 
@@ -324,27 +284,11 @@ def _statistics(group: _Group, pool: _Group | None) -> CalibrationStats:
         some = group.paired_tokens < group.tokens
         paired, group.paired = (_mean(group.paired, group.paired_tokens) if some else None), None
     hessian = pool.fit if pooled and pool is not None else _mean(group.fit, group.tokens)
-    held_out = None if pooled or group.held is None else _mean(group.held, group.held_tokens)
-    if held_out is None and pool is not None:
-        held_out = pool.held
-    if held_out is None:  # nothing was held out: zeros that take no memory
-        held_out = hessian.new_zeros(1, 1).expand_as(hessian)
+    held_out = pool.held if pool is not None and (pooled or not group.held.tokens) else group.held.finish()
     return CalibrationStats(
-        hessian=hessian, held_out=held_out, tokens=group.tokens, held_out_tokens=group.held_tokens,
-        cross=None if group.cross is None else group.cross.div_(group.paired_tokens), paired=paired,
-        held_out_cross=None if group.held_cross is None else group.held_cross.div_(group.held_tokens), pooled=pooled)
+        hessian=hessian, held_out=held_out, tokens=group.tokens, paired=paired, pooled=pooled,
+        cross=None if group.cross is None else group.cross.div_(group.paired_tokens))
 
 
 def _mean(total: torch.Tensor, tokens: int) -> torch.Tensor:
     return mirror(total).div_(tokens)
-
-
-def mirror(total: torch.Tensor) -> torch.Tensor:
-    """Copy the lower triangle of total [K, K] to the upper one, in place and tile by tile."""
-    columns = total.shape[0]
-    for start in range(0, columns, 512):
-        stop = min(start + 512, columns)
-        total[start:stop, stop:] = total[stop:, start:stop].T
-        corner = total[start:stop, start:stop].tril()
-        total[start:stop, start:stop] = corner + corner.tril(-1).T
-    return total
