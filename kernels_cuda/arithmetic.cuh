@@ -1,4 +1,4 @@
-// The shared arithmetic of affine grids for one CUDA thread: a lane is a float.
+// The shared arithmetic of grids for one CUDA thread: a lane is a float.
 #pragma once
 
 #include "kernels.cuh"
@@ -11,5 +11,35 @@ __device__ inline IntLanes as_int(Lanes a) { return __float_as_int(a); }
 __device__ inline Lanes as_lanes(IntLanes a) { return __int_as_float(a); }
 #define QTOOL_INLINE __device__ inline
 #include "../qtool/csrc/arithmetic.inc"
+
+// What a code stands for; as in qtool/csrc/kernels.inc.
+struct Affine {
+  const uint8_t* zero;
+  float top;
+
+  __device__ float offset(int64_t at) const { return zero[at]; }
+  __device__ void choose(float quotient, float offset, float& steps, float& code) const {
+    steps = step_of(quotient, offset, top);
+    code = steps + offset;
+  }
+  __device__ float steps(float code, float offset) const { return code - offset; }
+};
+
+struct Leveled {
+  Levels levels;
+
+  __device__ float offset(int64_t) const { return 0.0f; }
+  __device__ void choose(float quotient, float, float& steps, float& code) const {
+    int low = 0, high = (int)levels.count - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (quotient > levels.edges[middle]) low = middle + 1;
+      else high = middle;
+    }
+    code = (float)low;
+    steps = levels.values[low];
+  }
+  __device__ float steps(float code, float) const { return levels.values[(int)code]; }
+};
 
 }  // namespace

@@ -11,61 +11,69 @@
 namespace {
 
 // GPTQ: the running value is the shifted target t_j, the feedback D_j = weight - value.
+template <class Grid>
 struct Solve {
+  Grid grid;
   const float *weight, *shift, *scale;
-  const uint8_t* zero;
   const int32_t* group_index;
   int64_t columns, groups;
-  float top;
   uint8_t* codes;
   float* residual;
 
   struct Column {
-    float weight, scale, zero;
+    float weight, scale, offset;
   };
   __device__ float load(int64_t row, int j, Column& column) const {
     const int64_t at = row * groups + group_index[j];
-    column = {weight[row * columns + j], scale[at], (float)zero[at]};
+    column = {weight[row * columns + j], scale[at], grid.offset(at)};
     return column.weight + shift[row * columns + j];
   }
+  __device__ float choose(float running, const Column& column, float& code) const {
+    float steps;
+    grid.choose(running / column.scale, column.offset, steps, code);
+    return column.weight - steps * column.scale;
+  }
   __device__ float feedback(float running, const Column& column) const {
-    return column.weight - step_of(running / column.scale, column.zero, top) * column.scale;
+    float code;
+    return choose(running, column, code);
   }
   __device__ void store(int64_t row, int j, float running, const Column& column) const {
-    codes[row * columns + j] = (uint8_t)(step_of(running / column.scale, column.zero, top) + column.zero);
-    residual[row * columns + j] = feedback(running, column);
+    float code;
+    residual[row * columns + j] = choose(running, column, code);
+    codes[row * columns + j] = (uint8_t)code;
   }
 };
 
 // Coordinate descent: the running value is the gradient, the feedback is minus the change of value.
+template <class Grid>
 struct Refine {
+  Grid grid;
   const float *gradient, *hessian;
   const uint8_t* old_codes;
   const float* scale;
-  const uint8_t* zero;
   const int32_t* group_index;
   int64_t columns, groups;
-  float top;
   uint8_t* codes;
   float* delta;
 
   struct Column {
-    float old, scale, zero, curvature;
+    float old, scale, offset, curvature;
   };
   struct Move {
     float code, change;
   };
   __device__ float load(int64_t row, int j, Column& column) const {
     const int64_t at = row * groups + group_index[j];
-    column = {(float)old_codes[row * columns + j], scale[at], (float)zero[at], hessian[j * columns + j]};
+    column = {(float)old_codes[row * columns + j], scale[at], grid.offset(at), hessian[j * columns + j]};
     return gradient[row * columns + j];
   }
   __device__ Move move(float slope, const Column& column) const {
-    const float value = (column.old - column.zero) * column.scale;
-    const float steps = step_of((value + slope / column.curvature) / column.scale, column.zero, top);
+    const float value = grid.steps(column.old, column.offset) * column.scale;
+    float steps, code;
+    grid.choose((value + slope / column.curvature) / column.scale, column.offset, steps, code);
     const float change = steps * column.scale - value;
     const bool better = 2.0f * change * slope - change * change * column.curvature > 0.0f;
-    if (better && column.curvature > 0.0f) return {steps + column.zero, change};
+    if (better && column.curvature > 0.0f) return {code, change};
     return {column.old, 0.0f};
   }
   __device__ float feedback(float running, const Column& column) const { return -move(running, column).change; }
@@ -135,8 +143,8 @@ extern "C" cudaError_t cuda_solve_columns(const float* weight, const float* shif
                                           const float* scale, const uint8_t* zero, const int32_t* group_index,
                                           int64_t columns, int64_t groups, int64_t bits, uint8_t* codes,
                                           float* residual, int64_t rows, cudaStream_t stream) {
-  const float top = (float)((1 << bits) - 1);
-  const Solve rule{weight, shift, scale, zero, group_index, columns, groups, top, codes, residual};
+  const Solve<Affine> rule{{zero, (float)((1 << bits) - 1)}, weight, shift, scale, group_index, columns, groups, codes,
+                           residual};
   return launch(rule, factor, columns, rows, stream);
 }
 
@@ -144,7 +152,23 @@ extern "C" cudaError_t cuda_refine_columns(const float* gradient, const float* h
                                            const float* scale, const uint8_t* zero, const int32_t* group_index,
                                            int64_t columns, int64_t groups, int64_t bits, uint8_t* codes, float* delta,
                                            int64_t rows, cudaStream_t stream) {
-  const float top = (float)((1 << bits) - 1);
-  const Refine rule{gradient, hessian, old_codes, scale, zero, group_index, columns, groups, top, codes, delta};
+  const Refine<Affine> rule{{zero, (float)((1 << bits) - 1)}, gradient, hessian, old_codes, scale, group_index,
+                            columns, groups, codes, delta};
+  return launch(rule, hessian, columns, rows, stream);
+}
+
+extern "C" cudaError_t cuda_solve_levels(const float* weight, const float* shift, const float* factor,
+                                         const float* scale, Levels levels, const int32_t* group_index,
+                                         int64_t columns, int64_t groups, uint8_t* codes, float* residual,
+                                         int64_t rows, cudaStream_t stream) {
+  const Solve<Leveled> rule{{levels}, weight, shift, scale, group_index, columns, groups, codes, residual};
+  return launch(rule, factor, columns, rows, stream);
+}
+
+extern "C" cudaError_t cuda_refine_levels(const float* gradient, const float* hessian, const uint8_t* old_codes,
+                                          const float* scale, Levels levels, const int32_t* group_index,
+                                          int64_t columns, int64_t groups, uint8_t* codes, float* delta, int64_t rows,
+                                          cudaStream_t stream) {
+  const Refine<Leveled> rule{{levels}, gradient, hessian, old_codes, scale, group_index, columns, groups, codes, delta};
   return launch(rule, hessian, columns, rows, stream);
 }

@@ -4,8 +4,6 @@
 
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffff;
-
 __device__ Extent extent_of_group(const float* tile, const FitOptions& o, int lane) {
   float low = tile[0], high = tile[0];
   for (int64_t i = lane; i < o.group; i += 32) {

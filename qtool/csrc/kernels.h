@@ -9,13 +9,24 @@
 
 constexpr int64_t kMaxColumns = 256;  // of solve_columns and refine_columns: their working tile is on the stack
 
-enum ScaleType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum ScaleType : int64_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kE4M3 = 3, kE8M0 = 4 };
 
 struct FitOptions {
   int64_t columns, group, bits;
   bool symmetric, signed_scale;
   int64_t scale_type, steps, rounds;
   float shrink_min;
+};
+
+// A grid given by its levels, ascending; a quotient between levels i and i + 1 becomes i + 1 where it is above edge i.
+struct Levels {
+  const float *values, *edges;  // [count], [count - 1]
+  int64_t count;
+};
+
+struct LevelFitOptions {
+  int64_t columns, group, scale_type, steps, rounds;
+  float shrink_min, top;  // top: the largest magnitude of a level
 };
 
 struct Kernels {
@@ -33,6 +44,19 @@ struct Kernels {
   void (*refine_columns)(const float* gradient, const float* hessian, const uint8_t* old_codes, const float* scale,
                          const uint8_t* zero, const int32_t* group_index, int64_t columns, int64_t groups,
                          int64_t bits, uint8_t* codes, float* delta, int64_t begin, int64_t end);
+  // The same for grids of levels: value = scale * level.
+  void (*fit_levels)(const float* weight, const float* importance, const LevelFitOptions& options, Levels levels,
+                     float* scale, int64_t begin, int64_t end);
+  void (*round_levels)(const float* weight, const float* scale, Levels levels, int64_t columns, int64_t group,
+                       uint8_t* codes, int64_t begin, int64_t end);
+  void (*dequantize_levels)(const uint8_t* codes, const float* scale, Levels levels, int64_t columns, int64_t group,
+                            float* values, int64_t begin, int64_t end);
+  void (*solve_levels)(const float* weight, const float* shift, const float* factor, const float* scale, Levels levels,
+                       const int32_t* group_index, int64_t columns, int64_t groups, uint8_t* codes, float* residual,
+                       int64_t begin, int64_t end);
+  void (*refine_levels)(const float* gradient, const float* hessian, const uint8_t* old_codes, const float* scale,
+                        Levels levels, const int32_t* group_index, int64_t columns, int64_t groups, uint8_t* codes,
+                        float* delta, int64_t begin, int64_t end);
   // Bit streams, little end first, codes [rows, count] <-> words [rows, words_of(count, bits)].
   void (*pack_rows)(const uint8_t* codes, int64_t count, int64_t rows, int64_t bits, uint32_t* words, int64_t begin,
                     int64_t end);

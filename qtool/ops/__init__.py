@@ -12,8 +12,9 @@ import torch
 from qtool.ops import _library, checks
 from qtool.ops.checks import MAX_BLOCK, SCALE_TYPES
 
-__all__ = ["MAX_BLOCK", "SCALE_TYPES", "backend", "dequantize_affine", "fit_affine", "force_instruction_set",
-           "native_available", "pack_bits", "refine_columns", "round_affine", "solve_columns", "unpack_bits"]
+__all__ = ["MAX_BLOCK", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels", "fit_affine", "fit_levels",
+           "force_instruction_set", "native_available", "pack_bits", "refine_columns", "refine_levels", "round_affine",
+           "round_levels", "solve_columns", "solve_levels", "unpack_bits"]
 _ops = torch.ops.qtool
 
 
@@ -44,7 +45,7 @@ def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group_size: int, 
     the scale), then `rounds` of closed-form refits s = Σ h w c' / Σ h c'². Scales are values of scale_dtype.
     A group of zeros, or with a value that is not finite, gets scale 1 and zero point 2^(bits-1) (symmetric) or 0.
     """
-    checks.require(scale_dtype in SCALE_TYPES, f"scale_dtype {scale_dtype}")
+    checks.require(scale_dtype in SCALE_TYPES[:3], f"scale_dtype {scale_dtype}")
     arguments = (_float("weight", weight), _float("importance", importance), group_size, bits, symmetric,
                  SCALE_TYPES.index(scale_dtype), shrink_steps, shrink_min, signed, rounds)
     checks.fit_affine(*arguments)
@@ -96,6 +97,63 @@ def refine_columns(gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.T
     checks.refine_columns(*arguments)
     checks.group_values(group_index, scale)
     return _ops.refine_columns(*arguments)
+
+
+def fit_levels(weight: torch.Tensor, importance: torch.Tensor, group_size: int, levels: torch.Tensor,
+               edges: torch.Tensor, scale_dtype: torch.dtype, shrink_steps: int = 24, shrink_min: float = 0.4,
+               rounds: int = 2) -> torch.Tensor:
+    """Scales of weight [N, K] by least error weighted by importance [K], on a grid of levels: float32 [N, G].
+
+    levels: float32 [L], ascending.  edges: float32 [L - 1]: a quotient above edge i is nearer to level i + 1.
+    As fit_affine: ranges from the whole (the largest weight at the largest level) down to shrink_min of it, then closed
+    forms s = Σ h w v / Σ h v². A group of zeros gets scale 1. float8_e8m0fnu scales are powers of two.
+    """
+    checks.require(scale_dtype in SCALE_TYPES, f"scale_dtype {scale_dtype}")
+    arguments = (_float("weight", weight), _float("importance", importance), _float("levels", levels),
+                 _float("edges", edges), group_size, SCALE_TYPES.index(scale_dtype), shrink_steps, shrink_min,
+                 float(levels.abs().max()), rounds)
+    checks.fit_levels(*arguments)
+    return _ops.fit_levels(*arguments)
+
+
+def round_levels(weight: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor, edges: torch.Tensor,
+                 group_size: int) -> torch.Tensor:
+    """Codes uint8 [N, K], the index of the level nearest to w / s; code 0 for a NaN. weight [N, K], scale [N, G]."""
+    arguments = (_float("weight", weight), _float("scale", scale), _float("levels", levels), _float("edges", edges),
+                 group_size)
+    checks.round_levels(*arguments)
+    return _ops.round_levels(*arguments)
+
+
+def dequantize_levels(codes: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor, group_size: int) -> torch.Tensor:
+    """float32 [N, K]: level[code] * scale. codes uint8 [N, K], scale [N, G]."""
+    arguments = (codes.contiguous(), _float("scale", scale), _float("levels", levels), group_size)
+    checks.dequantize_levels(*arguments)
+    checks.code_values(codes, levels)
+    return _ops.dequantize_levels(*arguments)
+
+
+def solve_levels(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor,
+                 levels: torch.Tensor, edges: torch.Tensor,
+                 group_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """solve_columns on a grid of levels (fit_levels): value = scale * level."""
+    arguments = (_float("weight", weight), _float("shift", shift), _float("factor", factor), _float("scale", scale),
+                 _float("levels", levels), _float("edges", edges), group_index.contiguous())
+    checks.solve_levels(*arguments)
+    checks.group_values(group_index, scale)
+    return _ops.solve_levels(*arguments)
+
+
+def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
+                  levels: torch.Tensor, edges: torch.Tensor,
+                  group_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """refine_columns on a grid of levels (fit_levels): value = scale * level."""
+    arguments = (_float("gradient", gradient), _float("hessian", hessian), codes.contiguous(), _float("scale", scale),
+                 _float("levels", levels), _float("edges", edges), group_index.contiguous())
+    checks.refine_levels(*arguments)
+    checks.group_values(group_index, scale)
+    checks.code_values(codes, levels)
+    return _ops.refine_levels(*arguments)
 
 
 def pack_bits(codes: torch.Tensor, bits: int, transposed: bool = False) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qtool.ops import checks, reference
+from qtool.ops import checks, reference, reference_levels
 
 SCHEMAS = {
     "fit_affine": "(Tensor weight, Tensor importance, int group, int bits, bool symmetric, int scale_type, int steps, "
@@ -24,6 +24,14 @@ SCHEMAS = {
                      "int bits) -> (Tensor, Tensor)",
     "refine_columns": "(Tensor gradient, Tensor hessian, Tensor old_codes, Tensor scale, Tensor zero, "
                       "Tensor group_index, int bits) -> (Tensor, Tensor)",
+    "fit_levels": "(Tensor weight, Tensor importance, Tensor levels, Tensor edges, int group, int scale_type, "
+                  "int steps, float shrink_min, float top, int rounds) -> Tensor",
+    "round_levels": "(Tensor weight, Tensor scale, Tensor levels, Tensor edges, int group) -> Tensor",
+    "dequantize_levels": "(Tensor codes, Tensor scale, Tensor levels, int group) -> Tensor",
+    "solve_levels": "(Tensor weight, Tensor shift, Tensor factor, Tensor scale, Tensor levels, Tensor edges, "
+                    "Tensor group_index) -> (Tensor, Tensor)",
+    "refine_levels": "(Tensor gradient, Tensor hessian, Tensor old_codes, Tensor scale, Tensor levels, Tensor edges, "
+                     "Tensor group_index) -> (Tensor, Tensor)",
     "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
     "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
 }
@@ -33,6 +41,10 @@ SCHEMAS = {
 def _fit(weight, importance, group, *_):  # type: ignore[no-untyped-def]
     shape = (weight.shape[0], weight.shape[1] // group)
     return weight.new_empty(shape), weight.new_empty(shape, dtype=torch.uint8)
+
+
+def _fit_levels(weight, importance, levels, edges, group, *_):  # type: ignore[no-untyped-def]
+    return weight.new_empty((weight.shape[0], weight.shape[1] // group))
 
 
 def _codes(weight, *_):  # type: ignore[no-untyped-def]
@@ -60,7 +72,8 @@ def _unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-def]
 
 SHAPES: dict[str, Callable[..., Any]] = {
     "fit_affine": _fit, "round_affine": _codes, "dequantize_affine": _values, "solve_columns": _pair,
-    "refine_columns": _pair, "pack_bits": _pack, "unpack_bits": _unpack,
+    "refine_columns": _pair, "fit_levels": _fit_levels, "round_levels": _codes, "dequantize_levels": _values,
+    "solve_levels": _pair, "refine_levels": _pair, "pack_bits": _pack, "unpack_bits": _unpack,
 }
 
 
@@ -78,7 +91,8 @@ def _fake(name: str) -> Callable[..., Any]:
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _default = getattr(reference_levels if _name.endswith("_levels") else reference, _name)
+    LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtool::{_name}", _fake(_name), lib=LIBRARY)
 
 

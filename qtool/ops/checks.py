@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 MAX_BLOCK = 256  # columns of solve_columns and refine_columns, kMaxColumns in csrc/kernels.h
-SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # ScaleType there
+# ScaleType there; the last two only for grids of levels
+SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu)
+MAX_LEVELS = 256
 
 
 def words(count: int, bits: int) -> int:
@@ -24,7 +26,7 @@ def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group: int, bits:
     between("bits", bits, 2, 8)
     require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
             f"importance {shape(importance)} for weight {shape(weight)}")
-    between("scale_type", scale_type, 0, len(SCALE_TYPES) - 1)
+    between("scale_type", scale_type, 0, 2)
     require(steps >= 1 and rounds >= 0, f"shrink_steps {steps}, rounds {rounds}")
     require(0 < shrink_min <= 1, f"shrink_min is {shrink_min}, not above 0 and at most 1")
     one_device(weight, importance)
@@ -45,14 +47,57 @@ def solve_columns(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tenso
                   zero: torch.Tensor, group_index: torch.Tensor, bits: int) -> None:
     matrix("weight", weight, torch.float32)
     matrix("shift", shift, torch.float32)
-    block(weight, shift, factor, scale, zero, group_index, bits)
+    between("bits", bits, 2, 8)
+    block(weight, shift, factor, scale, zero, group_index)
 
 
 def refine_columns(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torch.Tensor, scale: torch.Tensor,
                    zero: torch.Tensor, group_index: torch.Tensor, bits: int) -> None:
     matrix("gradient", gradient, torch.float32)
     matrix("codes", old_codes, torch.uint8)
-    block(gradient, old_codes, hessian, scale, zero, group_index, bits)
+    between("bits", bits, 2, 8)
+    block(gradient, old_codes, hessian, scale, zero, group_index)
+
+
+def fit_levels(weight: torch.Tensor, importance: torch.Tensor, values: torch.Tensor, edges: torch.Tensor, group: int,
+               scale_type: int, steps: int, shrink_min: float, top: float, rounds: int) -> None:
+    matrix("weight", weight, torch.float32)
+    groups(weight, group)
+    require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
+            f"importance {shape(importance)} for weight {shape(weight)}")
+    between("scale_type", scale_type, 0, len(SCALE_TYPES) - 1)
+    require(steps >= 1 and rounds >= 0 and 0 < shrink_min <= 1 and top > 0,
+            f"shrink_steps {steps}, rounds {rounds}, shrink_min {shrink_min}, top {top}")
+    levels(values, edges)
+    one_device(weight, importance, values, edges)
+
+
+def round_levels(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, edges: torch.Tensor,
+                 group: int) -> None:
+    matrix("weight", weight, torch.float32)
+    level_grid(weight, scale, values, group)
+    levels(values, edges)
+
+
+def dequantize_levels(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, group: int) -> None:
+    matrix("codes", codes, torch.uint8)
+    level_grid(codes, scale, values, group)
+
+
+def solve_levels(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor,
+                 values: torch.Tensor, edges: torch.Tensor, group_index: torch.Tensor) -> None:
+    matrix("weight", weight, torch.float32)
+    matrix("shift", shift, torch.float32)
+    levels(values, edges)
+    block(weight, shift, factor, scale, None, group_index)
+
+
+def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torch.Tensor, scale: torch.Tensor,
+                  values: torch.Tensor, edges: torch.Tensor, group_index: torch.Tensor) -> None:
+    matrix("gradient", gradient, torch.float32)
+    matrix("codes", old_codes, torch.uint8)
+    levels(values, edges)
+    block(gradient, old_codes, hessian, scale, None, group_index)
 
 
 def pack_bits(codes: torch.Tensor, bits: int, transposed: bool) -> None:
@@ -72,6 +117,13 @@ def group_values(group_index: torch.Tensor, scale: torch.Tensor) -> None:
     if group_index.numel():
         low, high = (int(end) for end in group_index.aminmax())
         require(low >= 0 and high < scale.shape[1], f"group_index {low}..{high} for {scale.shape[1]} groups")
+
+
+def code_values(codes: torch.Tensor, values: torch.Tensor) -> None:
+    """Every code is one of the levels; reads values too."""
+    if codes.numel():
+        top = int(codes.max())
+        require(top < len(values), f"code {top} for {len(values)} levels")
 
 
 def require(right: bool, text: str) -> None:
@@ -110,21 +162,36 @@ def grid(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: i
     one_device(weight, scale, zero)
 
 
+def levels(values: torch.Tensor, edges: torch.Tensor) -> None:
+    count = len(values) if values.dim() == 1 else 0
+    require(2 <= count <= MAX_LEVELS and edges.shape == (count - 1,), f"levels {shape(values)}, edges {shape(edges)}")
+    require(values.dtype == edges.dtype == torch.float32, f"levels {values.dtype}, edges {edges.dtype}, not float32")
+
+
+def level_grid(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, group: int) -> None:
+    groups(weight, group)
+    wanted = (weight.shape[0], weight.shape[1] // group)
+    require(scale.shape == wanted, f"scale {shape(scale)} should be {list(wanted)}")
+    require(scale.dtype == values.dtype == torch.float32, f"scale is {scale.dtype}, levels {values.dtype}, not float32")
+    one_device(weight, scale, values)
+
+
 def kinds(scale: torch.Tensor, zero: torch.Tensor) -> None:
     require(scale.dtype == torch.float32, f"scale is {scale.dtype}, not float32")
     require(zero.dtype == torch.uint8, f"zero point is {zero.dtype}, not uint8")
 
 
-def block(weight: torch.Tensor, second: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor,
-          group_index: torch.Tensor, bits: int) -> None:
+def block(weight: torch.Tensor, second: torch.Tensor, square: torch.Tensor, scale: torch.Tensor,
+          zero: torch.Tensor | None, group_index: torch.Tensor) -> None:
     rows, columns = weight.shape
-    between("bits", bits, 2, 8)
     require(columns <= MAX_BLOCK, f"{columns} columns are more than {MAX_BLOCK}")
     require(second.shape == weight.shape and square.shape == (columns, columns) and square.dtype == torch.float32,
             f"shapes {shape(weight)}, {shape(second)} and {shape(square)} do not fit")
-    require(scale.dim() == 2 and scale.shape == zero.shape and scale.shape[0] == rows,
-            f"scale {shape(scale)}, zero point {shape(zero)} for {rows} rows")
-    kinds(scale, zero)
+    require(scale.dim() == 2 and scale.shape[0] == rows and scale.dtype == torch.float32,
+            f"scale {scale.dtype} {shape(scale)} for {rows} rows")
+    if zero is not None:
+        require(scale.shape == zero.shape, f"scale {shape(scale)}, zero point {shape(zero)} for {rows} rows")
+        kinds(scale, zero)
     require(group_index.shape == (columns,) and group_index.dtype == torch.int32,
             f"group_index is {group_index.dtype} {shape(group_index)}, not int32 [{columns}]")
-    one_device(weight, second, square, scale, zero, group_index)
+    one_device(weight, second, square, scale, group_index, *(() if zero is None else (zero,)))

@@ -39,6 +39,14 @@ def grid(rows: int, groups: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.where(zero % 2 == 0, scale, -scale), zero
 
 
+def levels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending levels of uneven distances, one of them zero, and the edges halfway between them."""
+    values = torch.randn(count, generator=generator(11)).sort().values
+    values[count // 2] = 0
+    values = values.sort().values
+    return values, (values[1:] + values[:-1]) / 2
+
+
 def hessian(columns: int, seed: int = 5) -> torch.Tensor:
     """Positive definite, with strong correlations."""
     mix = torch.randn(columns, columns, generator=generator(seed))

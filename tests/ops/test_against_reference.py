@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool import ops
-from qtool.ops import reference
+from qtool.ops import reference, reference_levels
 from tests.ops import cases
 
 ROWS, BITS, GROUPS = st.integers(0, 40), st.integers(2, 8), st.integers(1, 4)
@@ -97,6 +97,72 @@ def test_refine_columns(device: str, rows: int, columns: int, groups: int, bits:
         assert not actual[1][:, [0, -1]].any()
 
 
+LEVELS = st.sampled_from([2, 3, 15, 16, 17, 253, 256])
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("dtype", ops.SCALE_TYPES)
+@given(rows=ROWS, groups=GROUPS, group=st.integers(1, 40), count=LEVELS, steps=st.integers(1, 8),
+       rounds=st.integers(0, 2), size=st.sampled_from([1e-42, 1e-12, 1.0, 1e5, 1e38]))
+@anything
+def test_fit_levels(device: str, dtype: torch.dtype, rows: int, groups: int, group: int, count: int, steps: int,
+                    rounds: int, size: float) -> None:
+    weight, weighting = (cases.weights(rows, groups * group).double() * size).float(), cases.importance(groups * group)
+    if rows > 5:
+        weight[4, 0], weight[5, -1] = float("nan"), float("inf")
+    grid = cases.levels(count)
+    actual = ops.fit_levels(weight.to(device), weighting.to(device), group, *(one.to(device) for one in grid), dtype,
+                            steps, 0.5, rounds)
+    top = float(grid[0].abs().max())
+    expected = reference_levels.fit_levels(weight, weighting, *grid, group, ops.SCALE_TYPES.index(dtype), steps, 0.5,
+                                           top, rounds)
+    assert cases.same(actual, expected)
+    scale = actual.cpu()
+    assert torch.equal(scale, scale.to(dtype).float()) and (scale != 0).all() and scale.isfinite().all()
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@given(rows=ROWS, groups=GROUPS, group=st.integers(1, 70), count=LEVELS)
+@anything
+def test_round_and_dequantize_levels(device: str, dtype: torch.dtype, rows: int, groups: int, group: int,
+                                     count: int) -> None:
+    weight, scale = cases.weights(rows, groups * group).to(dtype), cases.grid(rows, groups, 4)[0]
+    if rows:
+        weight[0, 0] = float("nan")
+    values, edges = cases.levels(count)
+    codes = ops.round_levels(weight.to(device), scale.to(device), values.to(device), edges.to(device), group)
+    assert cases.same(codes, reference_levels.round_levels(weight.float(), scale, values, edges, group))
+    found = ops.dequantize_levels(codes, scale.to(device), values.to(device), group)
+    assert cases.same(found, reference_levels.dequantize_levels(codes.cpu(), scale, values, group))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(rows=ROWS, columns=st.integers(0, 256), groups=GROUPS, count=LEVELS)
+@anything
+def test_solve_levels(device: str, rows: int, columns: int, groups: int, count: int) -> None:
+    arguments = (cases.weights(rows, columns), 0.1 * cases.weights(rows, columns, 1), 0.1 * cases.weights(columns,
+                 columns, 2), cases.grid(rows, groups, 4)[0], *cases.levels(count), cases.group_index(columns, groups))
+    actual = ops.solve_levels(*(tensor.to(device) for tensor in arguments))
+    assert cases.same(actual, reference_levels.solve_levels(*arguments))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@given(rows=ROWS, columns=st.integers(0, 256), groups=GROUPS, count=LEVELS, stuck=st.booleans())
+@anything
+def test_refine_levels(device: str, rows: int, columns: int, groups: int, count: int, stuck: bool) -> None:
+    hessian = cases.hessian(columns)
+    if stuck and columns:
+        hessian[0, 0], hessian[-1, -1] = 0, -1
+    codes = (cases.codes(rows, columns, 8).int() % count).to(torch.uint8)
+    arguments = (cases.weights(rows, columns), hessian, codes, cases.grid(rows, groups, 4)[0], *cases.levels(count),
+                 cases.group_index(columns, groups))
+    actual = ops.refine_levels(*(tensor.to(device) for tensor in arguments))
+    assert cases.same(actual, reference_levels.refine_levels(*arguments))
+    if stuck and columns:
+        assert not actual[1][:, [0, -1]].any()
+
+
 @pytest.mark.parametrize("device", cases.DEVICES)
 @given(bits=BITS, other=st.integers(0, 9), count=st.integers(0, 150), transposed=st.booleans(),
        seed=st.integers(0, 99))
@@ -117,6 +183,7 @@ def test_any_strides(device: str) -> None:
     weighting, index = cases.importance(192)[::2].to(device), cases.group_index(192, 3)[::2].to(device)
     square = cases.hessian(192)[::2, ::2].to(device)
     codes = cases.codes(96, 80, 4).t()[::2].to(device)
+    levels = tuple(one.to(device).repeat_interleave(2)[::2] for one in cases.levels(16))
     words = ops.pack_bits(codes, 4)
     spread = words.repeat_interleave(3, 1)[:, ::3]
     calls = [
@@ -124,6 +191,11 @@ def test_any_strides(device: str) -> None:
         (ops.round_affine, (weight, *wide, 32, 4)), (ops.dequantize_affine, (codes, *wide, 32)),
         (ops.solve_columns, (weight, other, square, *wide, index, 4)),
         (ops.refine_columns, (weight, square, codes, *wide, index, 4)),
+        (ops.fit_levels, (weight, weighting, 32, *levels, torch.float8_e4m3fn)),
+        (ops.round_levels, (weight, wide[0], *levels, 32)),
+        (ops.dequantize_levels, (codes, wide[0], levels[0], 32)),
+        (ops.solve_levels, (weight, other, square, wide[0], *levels, index)),
+        (ops.refine_levels, (weight, square, codes, wide[0], *levels, index)),
         (ops.pack_bits, (codes, 4)), (ops.pack_bits, (codes, 4, True)), (ops.unpack_bits, (spread, 4, 96)),
     ]
     for op, arguments in calls:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from qtool import ops
-from qtool.ops import reference
+from qtool.ops import reference, reference_levels
+from tests.ops import cases
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = re.compile(r"(\w+(?:<\d+>)?)<<<(.+?), (\w+), 0, stream>>>\((.*?)\);", re.DOTALL)
@@ -26,6 +27,18 @@ class FitOptions(ctypes.Structure):
     _fields_ = [("columns", ctypes.c_int64), ("group", ctypes.c_int64), ("bits", ctypes.c_int64),
                 ("symmetric", ctypes.c_bool), ("signed_scale", ctypes.c_bool), ("scale_type", ctypes.c_int64),
                 ("steps", ctypes.c_int64), ("rounds", ctypes.c_int64), ("shrink_min", ctypes.c_float)]
+
+
+class LevelFitOptions(ctypes.Structure):
+    _fields_ = [("columns", ctypes.c_int64), ("group", ctypes.c_int64), ("scale_type", ctypes.c_int64),
+                ("steps", ctypes.c_int64), ("rounds", ctypes.c_int64), ("shrink_min", ctypes.c_float),
+                ("top", ctypes.c_float)]
+
+
+class Levels(ctypes.Structure):
+    """Passed by value. The tensors must outlive the call."""
+
+    _fields_ = [("values", ctypes.c_void_p), ("edges", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +55,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
                     "-o", library], check=True)
     loaded = ctypes.CDLL(str(library))
 
-    def call(name: str, *arguments: torch.Tensor | int | FitOptions) -> None:
+    def call(name: str, *arguments: torch.Tensor | int | ctypes.Structure) -> None:
         converted: list[object] = []
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
@@ -50,6 +63,8 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
                 converted.append(ctypes.c_void_p(argument.data_ptr()))
             elif isinstance(argument, int):
                 converted.append(ctypes.c_int64(argument))
+            elif isinstance(argument, Levels):
+                converted.append(argument)
             else:
                 converted.append(ctypes.byref(argument))
         assert loaded[f"cuda_{name}"](*converted, ctypes.c_void_p(0)) == 0
@@ -115,3 +130,35 @@ def test_elementwise(kernel: Callable[..., None], bits: int) -> None:
         assert torch.equal(words, expected)
         kernel(f"unpack_{name}", words, count, other, bits, back, other)
         assert torch.equal(back, codes)
+
+
+@pytest.mark.parametrize("count", [2, 16, 253])
+def test_levels(kernel: Callable[..., None], count: int) -> None:
+    values, edges = cases.levels(count)
+    levels = Levels(values.data_ptr(), edges.data_ptr(), count)
+    for scale_type, dtype in enumerate(ops.SCALE_TYPES):
+        for rows, columns, group, steps, rounds in ((5, 64, 32, 24, 2), (3, 40, 40, 1, 0), (9, 21, 7, 5, 1)):
+            weight, importance = random(rows, columns), random(columns, seed=1).abs()
+            weight[0], weight[1, 3] = 0, float("nan")
+            importance[:group] = 0
+            scale, codes = torch.empty(rows, columns // group), torch.empty(rows, columns, dtype=torch.uint8)
+            options = LevelFitOptions(columns, group, scale_type, steps, rounds, 0.4, float(values.abs().max()))
+            kernel("fit_levels", weight, importance, options, levels, scale, rows)
+            expected = ops.fit_levels(weight, importance, group, values, edges, dtype, steps, 0.4, rounds)
+            assert torch.equal(scale, expected)
+            kernel("round_levels", weight, scale, levels, columns, group, codes, rows)
+            assert torch.equal(codes, ops.round_levels(weight, scale, values, edges, group))
+            dense = torch.empty(rows, columns)
+            kernel("dequantize_levels", codes, scale, levels, columns, group, dense, rows)
+            assert torch.equal(dense, ops.dequantize_levels(codes, scale, values, group))
+    for columns in (1, 33, 128, 256):
+        rows, index = 11, (torch.arange(columns) % 3).to(torch.int32)
+        weight, factor, scale = random(rows, columns), 0.2 * random(columns, columns), random(rows, 3).abs() / 8 + 0.01
+        codes, change = torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows, columns)
+        kernel("solve_levels", weight, weight, factor, scale, levels, index, columns, 3, codes, change, rows)
+        solved = reference_levels.solve_levels(weight, weight, factor, scale, values, edges, index)
+        assert torch.equal(codes, solved[0]) and torch.equal(change, solved[1])
+        hessian, old = factor @ factor.T + torch.eye(columns), random_codes(rows, columns, bits=8) % count
+        kernel("refine_levels", weight, hessian, old, scale, levels, index, columns, 3, codes, change, rows)
+        moved = reference_levels.refine_levels(weight, hessian, old, scale, values, edges, index)
+        assert torch.equal(codes, moved[0]) and torch.equal(change, moved[1])

@@ -29,6 +29,11 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "round_affine": (weight, scale, zero, 32, 4), "dequantize_affine": (codes, scale, zero, 32),
         "solve_columns": (weight, weight, square, scale, zero, index, 4),
         "refine_columns": (weight, square, codes, scale, zero, index, 4),
+        "fit_levels": (weight, weighting, *cases.levels(16), 32, 3, 3, 0.5, 1.0, 1),
+        "round_levels": (weight, scale, *cases.levels(16), 32),
+        "dequantize_levels": (codes, scale, cases.levels(16)[0], 32),
+        "solve_levels": (weight, weight, square, scale, *cases.levels(16), index),
+        "refine_levels": (weight, square, codes, scale, *cases.levels(16), index),
         "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
     }
     return {name: tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in given)
@@ -67,6 +72,9 @@ BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
     (lambda: ops.round_affine(torch.ones(2, 32), ONE, ONE, 32, 4), "not uint8"),
     (lambda: ops.round_affine(torch.ones(2, 32), ONE, BYTE, 16, 4), r"should be \[2, 2\]"),
     (lambda: ops.round_affine(torch.ones(2, 32), ONE.to("meta"), BYTE, 32, 4), "different devices: cpu, meta"),
+    (lambda: ops.round_levels(torch.ones(2, 32), ONE, torch.ones(4), torch.ones(4), 32), r"levels \[4\], edges \[4\]"),
+    (lambda: ops.round_levels(torch.ones(2, 32), ONE, torch.ones(257), torch.ones(256), 32), r"levels \[257\]"),
+    (lambda: ops.dequantize_levels(BYTE.expand(2, 32) * 4, ONE, torch.ones(4), 32), "code 4 for 4 levels"),
     (lambda: ops.pack_bits(torch.ones(3, dtype=torch.uint8), 4), "two dimensions"),
     (lambda: ops.pack_bits(torch.ones(3, 3), 4), "codes is torch.float32"),
     (lambda: ops.unpack_bits(torch.ones(3, 2, dtype=torch.int32), 4, 99), "2 words cannot hold 99"),
