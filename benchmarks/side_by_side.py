@@ -29,7 +29,7 @@ CONTEXT, KL_WINDOWS = 1024, 20
 def load(path: Path) -> torch.nn.Module:
     source = decode.open_model(str(path))
     made = skeleton.build(source.directory, source.config, source.specs)
-    return load_model(made, source.read, torch.device("cpu"), torch.float32)
+    return load_model(made, source.read, torch.device("cpu"), torch.float32, source.schemes)
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from qtool.recipe import scheme_label
+
 HUB_ORIGIN = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{7,64})")
 
 
@@ -44,16 +46,11 @@ def _link(name: str, base: str | None) -> str:
 
 
 def _how(manifest: Mapping[str, Any]) -> str:
-    labels = list(dict.fromkeys(_label(layer["scheme"]) for layer in manifest["layers"]))
+    labels = list(dict.fromkeys(scheme_label(layer["scheme"]) for layer in manifest["layers"]))
     recipe = manifest["recipe"]
     steps = "+".join(next(iter(step)) for step in recipe["steps"]) if recipe else ""
     form = "dense weights" if manifest["format"] == "hf" else f"({manifest['format']})"
     return " ".join(word for word in (steps, "/".join(labels), form) if word)
-
-
-def _label(scheme: Mapping[str, Any]) -> str:
-    group = "per channel" if scheme["group_size"] == -1 else f"g{scheme['group_size']}"
-    return f"{'int' if scheme['symmetric'] else 'uint'}{scheme['bits']} {group}"
 
 
 def _front_matter(manifest: Mapping[str, Any], base: str | None) -> str:
@@ -81,7 +78,7 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
     for layer in layers:
         if layer[key] is not None:
             kind = re.sub(r"^.*?\.\d+\.", "", re.sub(r"\.experts\.\d+\.", ".experts.*.", layer["name"]), count=1)
-            kinds.setdefault((kind, _label(layer["scheme"])), []).append((layer[key], layer["name"]))
+            kinds.setdefault((kind, scheme_label(layer["scheme"])), []).append((layer[key], layer["name"]))
     if not kinds:
         return ""
     what = ("Squared error of a layer's outputs over their energy, on calibration text that was held out"

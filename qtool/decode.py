@@ -40,7 +40,7 @@ class Source:
         elif quantization:
             raise CheckpointError(
                 f"{checkpoint.origin}: config.json says it is quantized with {quantization.get('quant_method')!r}, "
-                "which is not read (read: compressed-tensors, gptq); start from the unquantized model")
+                f"which is not read (read: {', '.join(formats.names())}); start from the unquantized model")
         self.schemes = {name: scheme for name, (scheme, _) in self._linears.items()}
         self.dtype = model_dtype(checkpoint.config, checkpoint.specs)
         self.specs = self._dense_specs()

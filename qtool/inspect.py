@@ -20,7 +20,6 @@ from qtool import found, manifest, ops, quality
 from qtool.decode import Source
 from qtool.errors import CheckpointError, InputError, ModelError
 from qtool.recipe import Scheme
-from qtool.report import label
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec, all_finite
 
 SCHEMA = 1
@@ -90,7 +89,7 @@ def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]
         rows.append({
             "name": name, "stored": name, **known, "shape": list(shape),
             "scheme": scheme.model_dump() if scheme else None,
-            "scheme_label": label(scheme.model_dump()) if scheme else dtype_name(source.specs[name + ".weight"].dtype),
+            "scheme_label": scheme.label if scheme else dtype_name(source.specs[name + ".weight"].dtype),
             "bits": scheme.bits if scheme else None, "group_size": scheme.group_size if scheme else None,
             "symmetric": scheme.symmetric if scheme else None, "bytes": count,
             "bits_per_weight": round(8 * count / max(shape[0] * shape[1], 1), 4),

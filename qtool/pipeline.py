@@ -181,9 +181,8 @@ def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: t
 def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dense: torch.Tensor) -> None:
     """Pack and write one linear, then decode what the file really has and hold it against what was meant."""
     here = torch.device("cpu")
-    quantized = replace(quantized, codes=quantized.codes.to(here), scale=quantized.scale.to(here),
-                        zero_point=quantized.zero_point.to(here))
-    for name, tensor in job.plan.format.pack(linear.stored, quantized).items():
+    quantized = quantized.to(here)
+    for name, tensor in job.plan.format.pack(linear.stored, quantized, job.plan.model_dtype).items():
         job.writer.write(name, tensor)
     again = job.plan.format.unpack(linear.stored, job.writer.read_back, linear.scheme, linear.shape)
     if not torch.equal(found.load("grids", linear.scheme.grid).decode(again), dense.to(here)):
@@ -257,17 +256,17 @@ def _finish(job: Job, work: Workspace, identity: dict[str, Any]) -> dict[str, An
     """Name the shards, add config, tokenizer, manifest and card, check the key set, rename the directory."""
     plan = job.plan
     layers = [record for stage in plan.stages for record in work.finished[stage.name]["layers"]]
-    job.writer.finish()
-    for path in job.checkpoint.companions():
-        shutil.copyfile(path, work.folder / path.name)
     config = _config(job)
-    manifest.write_json(work.folder / "config.json", config)
-    for name, content in plan.format.extra_files(config["quantization_config"]).items():
-        manifest.write_json(work.folder / name, content)
-    found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs})
+    found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs}, job.writer.read_back)
     if set(found_schemes) != {linear.stored for linear in plan.linears}:
         raise VerificationError(f"{work.folder}: a loader would find {len(found_schemes)} quantized linears in the "
                                 f"written keys, not {len(plan.linears)}; this is a bug in format {plan.format.NAME}")
+    job.writer.finish()
+    for path in job.checkpoint.companions():
+        shutil.copyfile(path, work.folder / path.name)
+    manifest.write_json(work.folder / "config.json", config)
+    for name, content in plan.format.extra_files(config["quantization_config"]).items():
+        manifest.write_json(work.folder / name, content)
     scratch = {"journal.jsonl", "lock"}
     hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
               if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}
@@ -309,7 +308,8 @@ def _same_scheme(linears: list[LinearPlan]) -> list[list[LinearPlan]]:
     """Linears that can be solved as one stacked matrix."""
     groups: dict[str, list[LinearPlan]] = {}
     for linear in linears:
-        groups.setdefault(linear.scheme.model_dump_json(), []).append(linear)
+        joint = found.load("grids", linear.scheme.grid).JOINT
+        groups.setdefault(linear.scheme.model_dump_json() if joint else linear.name, []).append(linear)
     return list(groups.values())
 
 

@@ -160,7 +160,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
 
 
 def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
-    return Path(f"{checkpoint.name}-{recipe.preset or recipe.method}-{recipe.scheme.label}")
+    method, label = recipe.preset or recipe.method, recipe.scheme.label
+    return Path(f"{checkpoint.name}-{label if label.startswith(method + '-') else f'{method}-{label}'}")
 
 
 def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:

@@ -26,12 +26,17 @@ class Strict(BaseModel):
 
 
 class Scheme(Strict):
-    """What is stored for one linear: the grid and its parameters. group_size -1 is one group per output row."""
+    """What is stored for one linear: the grid and its parameters. group_size -1 is one group per output row.
+
+    double_quant: scales in 8 bits too (nf4, fp4).  activations: what the linear's inputs are rounded to at run time.
+    """
 
     grid: str = "affine"
     bits: int = Field(4, ge=2, le=8)
     group_size: int | Literal["auto"] = 128
     symmetric: bool = True
+    double_quant: bool = False
+    activations: Literal["token"] | None = None
 
     @field_validator("group_size")
     @classmethod
@@ -42,9 +47,17 @@ class Scheme(Strict):
 
     @property
     def label(self) -> str:
-        """Short name such as int4-g64 or uint4-g128 (uint: with zero points)."""
-        group = {-1: "channel", "auto": "gauto"}.get(self.group_size, f"g{self.group_size}")
-        return f"{'int' if self.symmetric else 'uint'}{self.bits}-{group}"
+        """Short name such as int4-g64, uint4-g128 (uint: with zero points), nf4-g64 or fp8-channel."""
+        return scheme_label(self.model_dump())
+
+
+def scheme_label(scheme: Mapping[str, Any]) -> str:
+    """The label of a scheme as a manifest has it; keys that older manifests lack have their defaults."""
+    group = {-1: "channel", "auto": "gauto"}.get(scheme["group_size"], f"g{scheme['group_size']}")
+    grid = scheme.get("grid", "affine")
+    kind = f"{'int' if scheme['symmetric'] else 'uint'}{scheme['bits']}" if grid == "affine" else grid
+    nested = "-dq" if scheme.get("double_quant") else ""
+    return f"{kind}-{group}{nested}{'-dynamic' if scheme.get('activations') else ''}"
 
 
 class Rule(Strict):
@@ -56,6 +69,8 @@ class Rule(Strict):
     group_size: int | Literal["auto"] | None = None
     symmetric: bool | None = None
     grid: str | None = None
+    double_quant: bool | None = None
+    activations: Literal["token"] | None = None
 
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.match)

@@ -11,15 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtool.recipe import scheme_label
 from qtool.units import millions, percent, size, span
-
-
-def label(scheme: Mapping[str, Any]) -> str:
-    """int4-g64, uint4-channel, ... of a scheme as a manifest has it."""
-    group = {-1: "channel", "auto": "gauto"}.get(scheme["group_size"], f"g{scheme['group_size']}")
-    grid = scheme.get("grid", "affine")
-    kind = ("int" if scheme["symmetric"] else "uint") if grid == "affine" else f"{grid}-"
-    return f"{kind}{scheme['bits']}-{group}"
 
 
 def facts(title: str, rows: Iterable[tuple[str, str | Text]]) -> RenderableType:
@@ -74,7 +67,7 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
 def _schemes(linears: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[str, list[int]] = {}
     for one in linears:
-        found.setdefault(label(one["scheme"]), []).append(one["shape"][0] * one["shape"][1])
+        found.setdefault(scheme_label(one["scheme"]), []).append(one["shape"][0] * one["shape"][1])
     blocks = len({one["block"] for one in linears})
     return [f"{len(weights)} linears to {name}, {millions(sum(weights))} weights"
             + (f", in {blocks} blocks" if len(found) == 1 else "") for name, weights in found.items()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qtool.models import blocks, statistics
+from qtool.models import blocks, inputs, statistics
 from qtool.models.calibration import CalibrationTokens
 from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
@@ -66,6 +66,8 @@ class Stream:
         self._tracks = [self._track(block, "quantized")]
         if self.plan.float_stream:
             self._tracks.append(self._track(copy.deepcopy(block), "float"))
+        prefix = self.plan.skeleton.blocks[index] + "."
+        inputs.round_inputs(block, {one.name.removeprefix(prefix): one.scheme for one in stage.linears})
         self._staged = StagedBlock(self._tracks, self.plan.skeleton.blocks[index], parts, self.batches)
         yield from self._staged.collect(names, lambda some, batches: self._collect(index, some, batches))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +41,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A linear weight [N, K] on an affine integer grid: value = (code - zero point) * scale.
+    """A linear weight [N, K] as codes on a grid; value = scale * what the grid says that the code stands for.
 
-    codes: uint8 [N, K], 0 .. 2^bits - 1.  scale: [N, G] in the dtype that the format stores (may be negative).
-    zero_point: uint8 [N, G], an unsigned code; 2^(bits-1) everywhere when symmetric.
-    G = K / group_size; group_size = K means one group per row (per-channel).
+    codes: uint8 [N, K]; on an affine grid 0 .. 2^bits - 1, standing for code - zero point.  scale: [N, G] in the dtype
+    that the format stores (may be negative on affine grids).  zero_point: uint8 [N, G], an unsigned code; 2^(bits-1)
+    everywhere when symmetric, not used by grids of levels.  G = K / group_size; group_size = K means one group per row
+    (per-channel).  extra: what a grid keeps beside, about the whole matrix (a global scale, nested scales).
+    activations: whether the inputs will be rounded too, which some formats store in another way.
     """
 
     codes: torch.Tensor
@@ -53,11 +56,28 @@ class QuantizedTensor:
     bits: int
     group_size: int
     symmetric: bool
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    grid: str = "affine"
+    activations: bool = False
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The quantized rows start .. stop, as when q, k and v were solved as one stacked matrix."""
-        return QuantizedTensor(self.codes[start:stop], self.scale[start:stop], self.zero_point[start:stop],
-                               self.bits, self.group_size, self.symmetric)
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop],
+                       zero_point=self.zero_point[start:stop])
+
+    def columns(self, here: slice) -> QuantizedTensor:
+        """Some columns, with the groups that they touch; parts of the same tensors, so that writing changes those."""
+        groups = slice(here.start // self.group_size, -(-here.stop // self.group_size))
+        return replace(self, codes=self.codes[:, here], scale=self.scale[:, groups],
+                       zero_point=self.zero_point[:, groups])
+
+    def to(self, device: torch.device) -> QuantizedTensor:
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device),
+                       zero_point=self.zero_point.to(device),
+                       extra={name: tensor.to(device) for name, tensor in self.extra.items()})
+
+
+NO_CODES = torch.empty(0, 0, dtype=torch.uint8)  # of a grid that has been fitted, before codes are chosen
 
 
 @dataclass

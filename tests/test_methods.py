@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -34,9 +36,9 @@ def problem(scheme: Scheme, rows: int = 24, columns: int = 128, tokens: int = 60
     return Layer("layer", weight, weight, scheme, dtype, stats)
 
 
-def loss(layer: Layer) -> float:
+def loss(layer: Layer, grid: ModuleType = affine) -> float:
     assert layer.stats is not None and layer.quantized is not None
-    return quality.output_error(layer.weight, layer.target - affine.decode(layer.quantized),
+    return quality.output_error(layer.weight, layer.target - grid.decode(layer.quantized),
                                 quality.energy_under(layer.stats.hessian))
 
 
@@ -168,7 +170,7 @@ def test_refine_never_raises_the_loss_and_its_bookkeeping_is_exact(group: int, b
     answer, last = layer.quantized, damped_loss(layer.quantized)
     error = (layer.target - affine.decode(answer)) @ hessian
     for _ in range(3):
-        answer = refine.sweep(answer, error, hessian, block, scales=True)
+        answer = refine.sweep(affine, answer, error, hessian, block, scales=True)
         assert torch.allclose(error, (layer.target - affine.decode(answer)) @ hessian, rtol=1e-2, atol=1e-3)
         assert damped_loss(answer) <= last * (1 + 1e-6)
         last = damped_loss(answer)

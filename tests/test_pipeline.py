@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool import decode, manifest, pipeline, recipe
+from qtool import decode, evaluate, manifest, pipeline, recipe
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import NumericalError, OutputError, PlanError
 from qtool.plan import make_plan
@@ -91,6 +91,53 @@ def test_gptq_with_an_asymmetric_target(tmp_path: Path) -> None:
     assert all(0 <= factor <= 1 for factor in factors)
     assert any(factor > 0 for factor in factors[7:])
     assert all(factor == 0 for factor in factors[:3])  # the first block's inputs are not quantized yet
+
+
+LEVELS = ["nf4", "fp4", "nf4-gptq", "fp8", "w8a8", "mxfp4", "nvfp4"]
+
+
+@pytest.mark.parametrize("method", LEVELS)
+def test_every_preset_goes_through_and_comes_back(method: str, tmp_path: Path) -> None:
+    """Another group size than SMALL's is the preset's own; the decoded weights are close, and the model evaluates."""
+    model = tiny.make(tmp_path / "model", "llama")
+    made = recipe.override(recipe.preset(method), {key: value for key, value in SMALL.items() if "scheme" not in key})
+    checkpoint = open_checkpoint(str(model))
+    plan = make_plan(checkpoint, made, tmp_path / "out", "cpu")
+    result = pipeline.run(checkpoint, plan, Silent())
+    source, decoded = decode.open_model(str(model)), decode.open_model(str(tmp_path / "out"))
+    limit = 0.05 if plan.recipe.scheme.bits == 8 else 0.3
+    for layer in result["layers"]:
+        name = layer["stored"] + ".weight"
+        difference = source.read(name).float() - decoded.read(name).float()
+        assert difference.norm() / source.read(name).float().norm() < limit
+    assert {scheme.label for scheme in decoded.schemes.values()} == {plan.recipe.scheme.label}
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 40)
+    figures = evaluate.evaluate(decoded, source, str(text), windows=2, context=16)
+    assert 0 < figures["kl"]["mean"] < 0.1
+
+
+def test_nf4_is_what_bitsandbytes_makes(tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = tiny.make(tmp_path / "model", "llama")
+    quantize(model, tmp_path / "out", "nf4", scheme__group_size=64, scheme__double_quant=True)
+    dense, stored = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for name in (name for name in dense if name.endswith("_proj.weight")):
+        codes, state = functional.quantize_4bit(dense[name], blocksize=64, quant_type="nf4", compress_statistics=True)
+        assert torch.equal(stored[name], codes) and torch.equal(stored[f"{name}.absmax"], state.absmax)
+        assert torch.equal(stored[f"{name}.nested_absmax"], state.state2.absmax)
+
+
+def test_the_solver_sees_rounded_inputs(tmp_path: Path) -> None:
+    """Beside 8-bit inputs the codes are chosen for these; they differ from those for exact inputs."""
+    model = tiny.make(tmp_path / "model", "llama")
+    codes = []
+    for activations in ("token", None):
+        quantize(model, tmp_path / str(activations), "w8a8", scheme__bits=8, scheme__group_size=-1,
+                 scheme__activations=activations, scheme__symmetric=True)
+        source = decode.open_model(str(tmp_path / str(activations)))
+        codes.append(torch.cat([source.read_quantized(name).codes.flatten() for name in source.schemes]))
+    assert 0 < (codes[0] != codes[1]).float().mean() < 0.5
 
 
 def test_every_scheme_of_a_shared_input_gets_the_asymmetric_target(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
     ]
 
 
-def pack(linear_name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that float16 cannot hold exactly."""
     scale = packable(linear_name, tensor, torch.float16)
     columns = tensor.codes.shape[1]

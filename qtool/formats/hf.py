@@ -49,7 +49,7 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
     return [TensorSpec(f"{linear_name}.weight", model_dtype, tuple(shape))]
 
 
-def pack(linear_name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The weight that the codes stand for, in the dtype of the scales (scale_dtype says that of the model)."""
     scale = packable(linear_name, tensor, tensor.scale.dtype)
     dense = Stored(tensor.codes.contiguous(), scale, tensor.zero_point).dequantize()

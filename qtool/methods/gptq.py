@@ -8,12 +8,14 @@ order (largest diag(H) first) while the file keeps its plain order and needs no 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import ModuleType
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from qtool import found, ops
+from qtool import found
 from qtool.errors import NumericalError
 from qtool.layer import Layer, factor
 from qtool.recipe import Strict
@@ -46,17 +48,13 @@ def run(layer: Layer, options: Options) -> Layer:
     grid = found.load("grids", layer.scheme.grid)
     importance = layer.stats.hessian.diagonal()
     steps, rounds = (options.shrink_steps, options.rounds) if options.search else (1, 0)
-    scale, zero_point = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed,
-                                 rounds)
-    group = grid.width(layer.scheme, layer.weight.shape[1])
+    fitted = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed, rounds)
 
     order = column_order(layer.stats.hessian, options.order).flip(0)  # the Cholesky factor wants the last first
     feedback, notes = factor(layer.name, layer.stats.hessian, options.damping, options.damping_mode, order)
     feedback /= feedback.diagonal().clone()  # column j over L_jj: the feedback of column i on column j
-    codes = solve(layer.target, feedback, scale, zero_point, layer.scheme.bits, group, order, options.block)
-    quantized = QuantizedTensor(codes, scale.to(layer.scale_dtype), zero_point, layer.scheme.bits, group,
-                                layer.scheme.symmetric)
-    return layer.having(quantized=quantized, notes=notes)
+    codes = solve(grid, layer.target, feedback, fitted, order, options.block)
+    return layer.having(quantized=replace(fitted, codes=codes), notes=notes)
 
 
 def column_order(hessian: torch.Tensor, order: str) -> torch.Tensor:
@@ -66,24 +64,23 @@ def column_order(hessian: torch.Tensor, order: str) -> torch.Tensor:
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
-def solve(target: torch.Tensor, feedback: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int,
-          group: int, order: torch.Tensor, block: int) -> torch.Tensor:
-    """Codes uint8 [N, K] in the file's column order.
+def solve(grid: ModuleType, target: torch.Tensor, feedback: torch.Tensor, fitted: QuantizedTensor, order: torch.Tensor,
+          block: int) -> torch.Tensor:
+    """Codes uint8 [N, K] in the file's column order, on a grid that has been fitted.
 
     target: float32 [N, K].  order: int64 [K], the columns from the one that is chosen last to the first.  feedback:
-    float32 [K, K] lower triangular with unit diagonal, rows and columns in that order.  scale, zero_point: [N, G].
+    float32 [K, K] lower triangular with unit diagonal, rows and columns in that order.
     Left-looking: W is never rewritten, each block reads the D of all blocks before it.
     """
     weight = target[:, order]
-    groups = (order // group).to(torch.int32)
+    groups = (order // fitted.group_size).to(torch.int32)
     difference = torch.empty_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for stop in range(weight.shape[1], 0, -block):
         here = slice(max(0, stop - block), stop)
         shift = difference[:, stop:] @ feedback[stop:, here]
-        chosen, left = ops.solve_columns(weight[:, here].flip(1), shift.flip(1),
-                                         feedback[here, here].flip(0, 1).triu(1), scale, zero_point,
-                                         groups[here].flip(0), bits)
+        chosen, left = grid.solve_columns(weight[:, here].flip(1), shift.flip(1),
+                                          feedback[here, here].flip(0, 1).triu(1), fitted, groups[here].flip(0))
         codes[:, here], difference[:, here] = chosen.flip(1), left.flip(1)
     del weight, difference
     result = torch.empty_like(codes)

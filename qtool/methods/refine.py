@@ -8,12 +8,13 @@ zero point, masked to group g, s_g += (E · c') / (c' H c'ᵀ), rounded to the s
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from qtool import found, ops
+from qtool import found
 from qtool.errors import RecipeError
 from qtool.layer import Layer, damped
 from qtool.recipe import Strict
@@ -37,53 +38,50 @@ def run(layer: Layer, options: Options) -> Layer:
         raise RecipeError("the refine step improves codes that an earlier step chose: put it after gptq or rtn "
                           "in a calibrated recipe")
     hessian = damped(layer.stats.hessian, options.damping, options.damping_mode)
-    answer = layer.quantized
-    error = (layer.target - found.load("grids", layer.scheme.grid).decode(answer)) @ hessian
+    grid, answer = found.load("grids", layer.scheme.grid), layer.quantized
+    error = (layer.target - grid.decode(answer)) @ hessian
     for _ in range(options.sweeps):
-        answer = sweep(answer, error, hessian, options.block, options.scales)
+        answer = sweep(grid, answer, error, hessian, options.block, options.scales and grid.FREE_SCALES)
     return layer.having(quantized=answer)
 
 
-def sweep(answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor, block: int,
+def sweep(grid: ModuleType, answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor, block: int,
           scales: bool) -> QuantizedTensor:
     """One pass over all codes and scales; `error` (E = D H, float32 [N, K]) is updated in place.
 
     Columns are taken in blocks, with one product to bring E up to date after each. Groups that fit into a block have
     their scales refitted before and after its codes move; longer ones once, before the pass.
     """
-    codes, scale, group = answer.codes.clone(), answer.scale.clone(), answer.group_size
-    columns = codes.shape[1]
+    answer = replace(answer, codes=answer.codes.clone(), scale=answer.scale.clone())
+    columns, group = answer.codes.shape[1], answer.group_size
     inside = group <= block
     if scales and not inside:
-        refit_scales(codes, scale, answer.zero_point, group, error, hessian)
+        refit_scales(grid, answer, error, hessian)
     if inside:
         block -= block % group
     for start in range(0, columns, block):
         here = slice(start, min(start + block, columns))
-        groups = slice(start // group, -(-here.stop // group))
-        local, square = error[:, here].clone(), hessian[here, here]
-        part, part_scale, zero_point = codes[:, here], scale[:, groups], answer.zero_point[:, groups]
-        before = ops.dequantize_affine(part, part_scale.float(), zero_point, group) if inside else None
+        part, local, square = answer.columns(here), error[:, here].clone(), hessian[here, here]
+        before = grid.decode(part) if inside else None
         if scales and inside:
-            refit_scales(part, part_scale, zero_point, group, local, square)
-        index = (torch.arange(start, here.stop, device=codes.device) // group - groups.start).to(torch.int32)
-        codes[:, here], change = ops.refine_columns(local, square, part, part_scale.float(), zero_point, index,
-                                                    answer.bits)
+            refit_scales(grid, part, local, square)
+        index = (torch.arange(start, here.stop, device=error.device) // group - start // group).to(torch.int32)
+        answer.codes[:, here], change = grid.refine_columns(local, square, part, index)
         if before is not None:
             if scales:
                 local.addmm_(change, square, alpha=-1)
-                refit_scales(part, part_scale, zero_point, group, local, square)
-            change = ops.dequantize_affine(part, part_scale.float(), zero_point, group) - before
+                refit_scales(grid, part, local, square)
+            change = grid.decode(part) - before
         error.addmm_(change, hessian[here], alpha=-1)  # in place: E may be the largest tensor of all
-    return replace(answer, codes=codes, scale=scale)
+    return answer
 
 
-def refit_scales(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group: int, error: torch.Tensor,
-                 hessian: torch.Tensor) -> None:
-    """The least-squares scale of each group in turn, codes kept; `scale` and `error` are updated in place."""
+def refit_scales(grid: ModuleType, answer: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor) -> None:
+    """The least-squares scale of each group in turn, codes kept; the scales and `error` are updated in place."""
+    group, scale = answer.group_size, answer.scale
     for index in range(scale.shape[1]):
         here = slice(index * group, (index + 1) * group)
-        steps = codes[:, here].float() - zero_point[:, index:index + 1].float()
+        steps = grid.steps(answer.codes[:, here], answer.zero_point[:, index:index + 1])
         slope = (error[:, here] * steps).sum(1)
         curvature = ((steps @ hessian[here, here]) * steps).sum(1)
         old = scale[:, index].float()

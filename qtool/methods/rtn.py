@@ -27,6 +27,5 @@ def run(layer: Layer, options: Options) -> Layer:
     grid = found.load("grids", layer.scheme.grid)
     importance = None if layer.stats is None else layer.stats.hessian.diagonal()
     steps, rounds = (options.shrink_steps, options.rounds) if options.search else (1, 0)
-    scale, zero_point = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed,
-                                 rounds)
-    return layer.having(quantized=grid.encode(layer.target, layer.scheme, layer.scale_dtype, scale, zero_point))
+    fitted = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed, rounds)
+    return layer.having(quantized=grid.encode(layer.target, fitted))

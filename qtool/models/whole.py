@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from qtool.models.blocks import Read, fill
+from qtool.models.inputs import round_inputs
 from qtool.models.skeleton import Skeleton
+from qtool.recipe import Scheme
 
 
-def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model of `skeleton`, which is used up, with weights in `dtype` on `device`, read one by one."""
+def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torch.dtype,
+               schemes: Mapping[str, Scheme] | None = None) -> nn.Module:
+    """The model of `skeleton`, which is used up, with weights in `dtype` on `device`, read one by one.
+
+    schemes: of quantized linears by their name in the checkpoint; those that say so round their inputs.
+    """
     with torch.no_grad():
         fill(skeleton, skeleton.model, "", read, device, dtype)
+    if schemes:
+        names = (name for index in range(len(skeleton.blocks)) for name in skeleton.block_linears(index))
+        stored = {name: skeleton.source(name + ".weight").removesuffix(".weight") for name in names}
+        round_inputs(skeleton.model, {name: schemes[linear] for name, linear in stored.items() if linear in schemes})
     return skeleton.model

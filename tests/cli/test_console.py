@@ -8,7 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from qtool import console, report, units
+from qtool import console, units
+from qtool.recipe import scheme_label
 
 
 @pytest.mark.parametrize(("call", "expected"), [
@@ -21,8 +22,8 @@ from qtool import console, report, units
     (lambda: units.percent(None), "-"), (lambda: units.percent(1.0), "100 %"),
     (lambda: units.millions(134.5e6), "134 M"), (lambda: units.millions(8.19e9), "8.19 B"),
     (lambda: units.millions(12), "12"),
-    (lambda: report.label({"bits": 4, "group_size": 64, "symmetric": True}), "int4-g64"),
-    (lambda: report.label({"bits": 3, "group_size": -1, "symmetric": False}), "uint3-channel"),
+    (lambda: scheme_label({"bits": 4, "group_size": 64, "symmetric": True}), "int4-g64"),
+    (lambda: scheme_label({"bits": 3, "group_size": -1, "symmetric": False}), "uint3-channel"),
 ])
 def test_numbers_for_people(call, expected: str) -> None:
     assert call() == expected

@@ -19,7 +19,7 @@ NAME = "model.layers.0.mlp.down_proj"
     ("compressed-tensors", Scheme(bits=7), (64, 128), ("7", "nearest: 8 bits")),
     ("compressed-tensors", Scheme(group_size=128), (64, 576), ("128", "576", "nearest that does: 64")),
     ("compressed-tensors", Scheme(group_size=64), (64, 100), ("64", "100", "-1")),
-    ("compressed-tensors", Scheme(grid="nf4"), (64, 128), ("nf4", "nearest: grid affine")),
+    ("compressed-tensors", Scheme(grid="nf4"), (64, 128), ("nf4", "nearest: --format bitsandbytes")),
     ("gptq", Scheme(group_size=64), (64, 96), ("64", "96", "32")),
     ("gptq", Scheme(group_size=-1), (50, 64), ("50 outputs", "64 inputs", "compressed-tensors")),
     ("gptq", Scheme(group_size=-1), (64, 48), ("64 outputs", "48 inputs", "compressed-tensors")),
@@ -35,7 +35,7 @@ def test_refusals_name_the_linear_the_numbers_and_the_nearest(name: str, scheme:
 
 
 def test_formats_are_found_by_file_name() -> None:
-    assert formats.names() == ["compressed-tensors", "gptq", "hf"]
+    assert formats.names() == ["bitsandbytes", "compressed-tensors", "gptq", "hf"]
     assert formats.load("compressed-tensors").NAME == "compressed-tensors"
     with pytest.raises(RecipeError, match="did you mean 'gptq'"):
         formats.load("gptqq")
@@ -57,7 +57,7 @@ def test_notes_say_who_cannot_load_it() -> None:
     assert "dequantize=True" in formats.load("compressed-tensors").notes({NAME: Scheme(symmetric=False)})[0]
     assert "vLLM" in formats.load("gptq").notes(three)[0]
     assert "GPTQModel" in formats.load("gptq").notes({NAME: Scheme(symmetric=False)})[0]
-    assert all(formats.load(name).notes({NAME: Scheme()}) == [] for name in formats.names())
+    assert all(formats.load(name).notes({NAME: Scheme()}) == [] for name in ("compressed-tensors", "gptq", "hf"))
 
 
 def test_linears_that_vllm_fuses_must_agree() -> None:

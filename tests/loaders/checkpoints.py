@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qtool import decode, formats
+from qtool import decode, formats, found
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
-from qtool.grids import affine
+from qtool.models.inputs import round_inputs
 from qtool.recipe import Rule, Scheme
 from tests import tiny
 
@@ -94,11 +94,11 @@ def _write(writer: ShardWriter, tensor: torch.Tensor, name: str, scheme: Scheme 
            model_dtype: torch.dtype) -> None:
     packed = {name: tensor}
     if scheme is not None:
-        stored = module.scale_dtype(model_dtype)
-        scale, zero_point = affine.fit(tensor.float(), scheme, stored, signed=True)
-        quantized = affine.encode(tensor.float(), scheme, stored, scale, zero_point)
-        assert not scheme.symmetric or bool((scale < 0).any()), "negative scales are part of the test"
-        packed = module.pack(name.removesuffix(".weight"), quantized)
+        grid = found.load("grids", scheme.grid)
+        fitted = grid.fit(tensor.float(), scheme, module.scale_dtype(model_dtype), signed=True)
+        negative = scheme.grid == "affine" and scheme.symmetric
+        assert not negative or bool((fitted.scale < 0).any()), "negative scales are part of the test"
+        packed = module.pack(name.removesuffix(".weight"), grid.encode(tensor.float(), fitted), model_dtype)
     for key, value in packed.items():
         writer.write(key, value)
 
@@ -108,7 +108,8 @@ def dense(model: Path, folder: Path, exact: bool = True) -> Path:
     source = decode.open_model(str(model))
     tensors = {name: source.read(name).float() for name in source.specs}
     if exact:
-        tensors |= {f"{name}.weight": affine.decode(source.read_quantized(name)) for name in source.schemes}
+        tensors |= {f"{name}.weight": found.load("grids", scheme.grid).decode(source.read_quantized(name))
+                    for name, scheme in source.schemes.items()}
     out = folder / f"{model.name}-dense{'' if exact else '-rounded'}"
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -123,6 +124,7 @@ def expected(model: Path, folder: Path, exact: bool = True) -> torch.Tensor:
     path = dense(model, folder, exact)
     network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     shutil.rmtree(path)
+    round_inputs(network, decode.open_model(str(model)).schemes)
     with torch.no_grad():
         return network(torch.tensor([IDS])).logits[0]
 

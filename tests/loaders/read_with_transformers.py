@@ -34,7 +34,18 @@ def main(jobs: list[dict]) -> None:
         with torch.no_grad():
             logits = model(torch.tensor([job["ids"]])).logits[0].float()
         kinds = sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})
-        save_file({"logits": logits.contiguous()}, job["out"], {"modules": " ".join(kinds)})
+        save_file({"logits": logits.contiguous(), **four_bit_weights(model)}, job["out"], {"modules": " ".join(kinds)})
+
+
+def four_bit_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What bitsandbytes makes of its own linears: name.weight -> dense."""
+    states = {f"{name}.weight": module.weight for name, module in model.named_modules()
+              if type(module).__name__ == "Linear4bit"}
+    if not states:
+        return {}
+    from bitsandbytes.functional import dequantize_4bit
+
+    return {name: dequantize_4bit(weight.data, weight.quant_state).contiguous() for name, weight in states.items()}
 
 
 if __name__ == "__main__":

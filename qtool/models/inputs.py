@@ -1,0 +1,53 @@
+"""Linears whose inputs are rounded at run time, as engines do beside 8-bit weights: one symmetric scale per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool.recipe import Scheme
+
+INT8_STEPS = 127.5  # compressed-tensors' half range; codes are still clamped to -128 .. 127
+FP8_TOP = 448.0
+
+
+def round_tokens(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """x [..., K] as an engine sees it: scale = absmax of the token over the half range, values at the nearest code."""
+    top = INT8_STEPS if scheme.grid == "affine" else FP8_TOP
+    scale = x.abs().amax(-1, keepdim=True).float() / top
+    scaled = x / torch.where(scale == 0, 1.0, scale)
+    if scheme.grid == "affine":
+        codes = scaled.round().clamp(-128, 127)
+    else:
+        codes = scaled.clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).float()
+    return (codes * scale).to(x.dtype)
+
+
+class _Rounding:
+    """A pre-hook shared by linears of one scheme. Those that receive the same tensor get the same result again, so that
+    they are still seen to share their input."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        if self._last is None or self._last[0] is not x:
+            self._last = x, round_tokens(x, self.scheme)
+        return (self._last[1], *inputs[1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Rounding:
+        return _Rounding(self.scheme)  # what it remembers belongs to one pass
+
+
+def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """From now on the linears of `model` named in `schemes` round their inputs, where their scheme says so."""
+    hooks: dict[Scheme, _Rounding] = {}
+    for path, scheme in schemes.items():
+        if scheme.activations is not None:
+            hook = hooks.setdefault(scheme, _Rounding(scheme))
+            model.get_submodule(path).register_forward_pre_hook(hook)

@@ -1,0 +1,58 @@
+"""FP8, FP4, NF4 and W8A8 checkpoints in transformers, with compressed-tensors and bitsandbytes, in our own venv."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool import decode
+from qtool.recipe import Rule, Scheme
+from tests.loaders.checkpoints import Case, answer, assert_close, build, expected, read
+
+pytestmark = pytest.mark.loaders
+CT, BNB = "compressed-tensors", "bitsandbytes"
+FP8 = Scheme(grid="fp8", bits=8, group_size=-1)
+COMPRESSED = [
+    Case("fp8", CT, FP8), Case("fp8-dynamic", CT, FP8.model_copy(update={"activations": "token"})),
+    Case("w8a8", CT, Scheme(bits=8, group_size=-1, activations="token")),
+    Case("nvfp4", CT, Scheme(grid="nvfp4", group_size=16)), Case("mxfp4", CT, Scheme(grid="mxfp4", group_size=32)),
+    Case("mixed", CT, Scheme(grid="mxfp4", group_size=32),
+         (Rule(match="*.down_proj", grid="fp8", bits=8, group_size=-1), Rule(match="*.layers.1.*.up_proj", skip=True))),
+]
+FOUR_BIT = [
+    Case("nf4", BNB, Scheme(grid="nf4", group_size=64)),
+    Case("nf4-dq", BNB, Scheme(grid="nf4", group_size=64, double_quant=True)),
+    Case("fp4", BNB, Scheme(grid="fp4", group_size=32), (Rule(match="*.layers.0.mlp.down_proj", skip=True),)),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("levels")
+    for one in (*COMPRESSED, *FOUR_BIT):
+        build(one, folder)
+    read("", "read_with_transformers.py", [{"model": str(folder / one.name), "out": str(folder / f"{one}.now")}
+                                           for one in (*COMPRESSED, *FOUR_BIT)], folder)
+    return folder
+
+
+@pytest.mark.parametrize("one", COMPRESSED, ids=str)
+def test_compressed_tensors_computes_what_we_decode(one: Case, folder: Path) -> None:
+    """FP4 weights are decoded to bfloat16 there, so those logits are not exact."""
+    tensors, _ = answer(folder / f"{one}.now")
+    exact = one.scheme.grid in ("fp8", "affine")
+    assert_close(tensors["logits"], expected(folder / one.name, folder), 1e-4 if exact else 0.01)
+
+
+@pytest.mark.parametrize("one", FOUR_BIT, ids=str)
+def test_bitsandbytes_has_our_weights_and_our_logits(one: Case, folder: Path) -> None:
+    """Its linears compute in bfloat16; its weights are ours bit for bit."""
+    tensors, remarks = answer(folder / f"{one}.now")
+    assert "Linear4bit" in remarks["modules"]
+    source = decode.open_model(str(folder / one.name))
+    assert len(source.schemes) == len(tensors) - 1
+    for name in source.schemes:
+        assert torch.equal(tensors[f"{name}.weight"].bfloat16(), source.read(f"{name}.weight"))
+    assert_close(tensors["logits"], expected(folder / one.name, folder), 0.05)
