@@ -117,16 +117,16 @@ def dense(model: Path, folder: Path, exact: bool = True) -> Path:
     return out
 
 
-def expected(model: Path, folder: Path, exact: bool = True) -> torch.Tensor:
-    """Logits float32 [len(IDS), vocabulary] of our decoded weights."""
+def expected(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits float32 [len(IDS), vocabulary] of our decoded weights, computed in `dtype`."""
     from transformers import AutoModelForCausalLM
 
     path = dense(model, folder, exact)
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     shutil.rmtree(path)
     round_inputs(network, decode.open_model(str(model)).schemes)
     with torch.no_grad():
-        return network(torch.tensor([IDS])).logits[0]
+        return network(torch.tensor([IDS])).logits[0].float()
 
 
 def read(venv: str, script: str, jobs: list[dict[str, Any]], folder: Path) -> None:
