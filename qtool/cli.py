@@ -51,8 +51,9 @@ ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (
 Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (auto).", metavar="NAME")]
 DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
-Method = Annotated[str | None, _recipe_option("The ready recipe of a method: gptq, gptq-fast or rtn (gptq).",
-                                              metavar="NAME")]
+Method = Annotated[str | None, _recipe_option(
+    "The ready recipe of a method: gptq, gptq-fast, rtn, w8a8, fp8, nf4, fp4, nf4-gptq, mxfp4, nvfp4 (gptq).",
+    metavar="NAME")]
 RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
 Bits = Annotated[int | None, _recipe_option("Bits of a code: 2, 3, 4 or 8 (4).", metavar="N")]
 GroupSize = Annotated[str | None, _recipe_option(
@@ -60,7 +61,8 @@ GroupSize = Annotated[str | None, _recipe_option(
     metavar="N|auto")]
 Symmetric = Annotated[bool, _recipe_option("No zero points (the default).", "--symmetric")]
 Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")]
-Format = Annotated[str | None, _recipe_option("compressed-tensors or gptq (compressed-tensors).", "--format",
+DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq or bitsandbytes (the method's).", "--format",
                                               metavar="NAME")]
 Text = Annotated[str | None, _recipe_option(
     "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
@@ -107,10 +109,10 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
                     "qtool quantize ./model --recipe gptq-int4 --set calibration.samples=256 --dry-run")
 def quantize(
     model: Model, method: Method = None, recipe: RecipeName = None, bits: Bits = None, group_size: GroupSize = None,
-    symmetric: Symmetric = False, asymmetric: Asymmetric = False, format_: Format = None, calibration: Text = None,
-    samples: Samples = None, sequence_length: Length = None, dtype: Dtype = None, seed: Seed = None,
-    set_: Settings = None, out: Out = None, device: Device = "auto", dry_run: DryRun = False,
-    restart: Restart = False, json: Json = False, quiet: Quiet = False,
+    symmetric: Symmetric = False, asymmetric: Asymmetric = False, double_quant: DoubleQuant = False,
+    format_: Format = None, calibration: Text = None, samples: Samples = None, sequence_length: Length = None,
+    dtype: Dtype = None, seed: Seed = None, set_: Settings = None, out: Out = None, device: Device = "auto",
+    dry_run: DryRun = False, restart: Restart = False, json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
 
@@ -118,6 +120,7 @@ def quantize(
     """
     flags = {"--bits": ("scheme.bits", bits), "--group-size": ("scheme.group_size", _group_size(group_size)),
              "--symmetric": ("scheme.symmetric", _symmetric(symmetric, asymmetric)), "--format": ("format", format_),
+             "--double-quant": ("scheme.double_quant", double_quant or None),
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
              "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
              "--seed": ("seed", seed)}

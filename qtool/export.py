@@ -116,7 +116,9 @@ def _schemes(source: Source, target: ModuleType) -> dict[str, Scheme]:
 
 def _inexact(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, float | None]]:
     """Each linear with its first scale that `dtype` cannot hold, or None. Reads nothing but the scales."""
-    for linear in source.schemes:
+    for linear, scheme in source.schemes.items():
+        if not found.load("grids", scheme.grid).FREE_SCALES:  # stored as the grid has them, in every format
+            continue
         scale = source.checkpoint.read(_scale_spec(source, linear).name)
         changed = scale.to(dtype).double() != scale.double()
         yield linear, float(scale[changed][0]) if bool(changed.any()) else None
@@ -151,8 +153,10 @@ def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
     """The same codes and scales in the target's layout; then what lies in the file against the source."""
     quantized = job.source.read_quantized(linear)
     scheme = job.schemes[linear]
-    scale = quantized.scale.to(job.target.scale_dtype(job.source.dtype))
-    for name, tensor in job.target.pack(linear, replace(quantized, scale=scale, symmetric=scheme.symmetric)).items():
+    if found.load("grids", scheme.grid).FREE_SCALES:
+        quantized = replace(quantized, scale=quantized.scale.to(job.target.scale_dtype(job.source.dtype)))
+    quantized = replace(quantized, symmetric=scheme.symmetric)
+    for name, tensor in job.target.pack(linear, quantized, job.source.dtype).items():
         writer.write(name, tensor)
     shape = job.source.specs[linear + ".weight"].shape
     again = job.target.unpack(linear, writer.read_back, scheme, shape)

@@ -30,7 +30,7 @@ BAD_QUANTIZE = [
     ("MODEL --group-size foo", "--group-size foo: give a number of columns, -1 .* or auto"),
     ("MODEL", "group size 128 does not divide the 64 input columns of model.layers.0.self_attn.q_proj.*64, 32.*auto"),
     ("MODEL --method gtpq", "did you mean 'gptq'"),
-    ("MODEL --recipe missing.yaml", "recipe file missing.yaml does not exist; ready recipes: gptq-int4"),
+    ("MODEL --recipe missing.yaml", "recipe file missing.yaml does not exist; ready recipes: .*gptq-int4"),
     ("MODEL --recipe gptq-int5", "did you mean 'gptq-int4'"),
     ("MODEL --recipe gptq-int4 --method rtn", "--method rtn and --recipe gptq-int4 both say.*give one"),
     ("MODEL --set foo", "write it as key=value"),

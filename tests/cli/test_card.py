@@ -29,8 +29,8 @@ def test_the_card_of_a_hub_model() -> None:
     text = card.text(made(), formats.load("gptq").LOADERS)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "Qwen/Qwen3-8B" and front["tags"] == ["qtool", "quantized", "gptq"]
-    for words in ("# Qwen3-8B, gptq int4 g64 (gptq)", "(https://huggingface.co/Qwen/Qwen3-8B)", "8,190,735,360",
-                  "5,700.0 MB (34.8 %)", "| mlp.up_proj | 3 | int4 g64 | 2 % | 3 % | model.layers.2.mlp.up_proj |",
+    for words in ("# Qwen3-8B, gptq int4-g64 (gptq)", "(https://huggingface.co/Qwen/Qwen3-8B)", "8,190,735,360",
+                  "5,700.0 MB (34.8 %)", "| mlp.up_proj | 3 | int4-g64 | 2 % | 3 % | model.layers.2.mlp.up_proj |",
                   "`lm_head`: it is the head", "GPTQModel.load", "damping: 0.01", "128 × 512 tokens of `builtin`"):
         assert words in text, words
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
