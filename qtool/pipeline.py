@@ -34,6 +34,7 @@ from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
 from qtool.models import blocks, calibration
 from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
+from qtool.rescale import rescale
 from qtool.stream import Stream
 from qtool.tensors import FLOATING, CalibrationStats, QuantizedTensor, all_finite
 from qtool.workspace import Workspace, refuse_existing
@@ -93,14 +94,14 @@ class Job:
 
 
 def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream | None) -> list[dict[str, Any]]:
+    if stage.block is not None and stream is not None:
+        return _do_block(job, stage, weights, stream)
     for name in stage.copied:
         _copy(job, name, weights)
-    if stage.block is None:
-        return []
-    if stream is None:
+    if stage.block is not None:
         return [record for linear in stage.linears
                 for record in _solve(job, [linear], [_weight(job, linear, weights)], None)]
-    return _do_block(job, stage, weights, stream)
+    return []
 
 
 def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream) -> list[dict[str, Any]]:
@@ -110,6 +111,9 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     for name, weight in weights.items():
         _refuse_non_finite(name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
+    notes = rescale(plan, stage, block, stream, weights)
+    for name in stage.copied:
+        _copy(job, name, weights)
     linears = {linear.name: linear for linear in stage.linears}
     records: list[dict[str, Any]] = []
     for collected in stream.collect(block, stage):
@@ -125,6 +129,7 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     weights.clear()
     if index + 1 < plan.blocks:
         stream.propagate(index)
+    records = [{**record, **notes.get(record["name"], {})} for record in records]
     order = {linear.name: place for place, linear in enumerate(stage.linears)}
     return sorted(records, key=lambda record: order[record["name"]])
 

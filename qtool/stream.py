@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qtool.models import blocks, inputs, statistics
+from qtool.models import blocks, folds, inputs, statistics
 from qtool.models.calibration import CalibrationTokens
 from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
@@ -31,6 +32,7 @@ class Stream:
     paired: frozenset[int]  # samples that run through the unquantized model too
     _kept: dict[tuple[str, str, int], StreamStore] = field(default_factory=dict)
     _parts: dict[tuple[tuple[str, str], ...], tuple[Part, ...]] = field(default_factory=dict)
+    _folds: dict[Any, list[folds.Fold]] = field(default_factory=dict)
     _tracks: list[Track] = field(init=False)
     _staged: StagedBlock = field(init=False)
 
@@ -58,6 +60,30 @@ class Stream:
             elif store is not stores[0]:
                 store.copy_from(stores[0], self._batches_of(store))
         return self
+
+    def survey(self, block: torch.nn.Module, stage: Stage, samples: int,
+               tokens: int) -> dict[tuple[str, ...], folds.Survey]:
+        """What the inputs of a stage's linears look like on the first samples, by their paths in the block."""
+        index, plan = stage.block or 0, self.plan
+        batches = [batch for batch in self.batches if batch.start not in self.held_out and batch.start < samples]
+        return folds.survey(block, plan.skeleton.blocks[index], [linear.name for linear in stage.linears],
+                            self.arguments, index, self.stores[0], batches, plan.device, plan.compute_dtype, tokens)
+
+    def folds(self, block: torch.nn.Module, stage: Stage, groups: Iterable[tuple[str, ...]]) -> list[folds.Fold]:
+        """Which of these groups can have their input channels scaled; looked for once for blocks of the same make."""
+        index, plan = stage.block or 0, self.plan
+        wanted = tuple(groups)
+        make = wanted, tuple((path, type(module).__name__) for path, module in block.named_modules())
+        if make not in self._folds:
+            batch = min(self.batches, key=lambda one: one.stop - one.start)
+
+            @torch.inference_mode()
+            def run() -> torch.Tensor:
+                return statistics.run_block(block, self.arguments, index, self.stores[0], batch, plan.device,
+                                            plan.compute_dtype)
+
+            self._folds[make] = folds.find_folds(block, wanted, run)
+        return self._folds[make]
 
     def collect(self, block: torch.nn.Module, stage: Stage) -> Iterator[Collected]:
         """Statistics of the linears of a stage, in items that must be solved one after the other."""

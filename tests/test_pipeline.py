@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool import decode, evaluate, manifest, pipeline, recipe
+from qtool import decode, evaluate, inspect, manifest, pipeline, recipe
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import NumericalError, OutputError, PlanError
 from qtool.plan import make_plan
@@ -115,6 +115,48 @@ def test_every_preset_goes_through_and_comes_back(method: str, tmp_path: Path) -
     text.write_text("one two three four five six seven eight nine ten " * 40)
     figures = evaluate.evaluate(decoded, source, str(text), windows=2, context=16)
     assert 0 < figures["kl"]["mean"] < 0.1
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq", "smoothquant"])
+def test_scaled_channels_leave_the_model_as_it_was(method: str, tmp_path: Path) -> None:
+    """The weights are other ones, the function is nearly the same; and scaling helps where channels differ much."""
+    model = tiny.make(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    spread = torch.exp(1.5 * torch.randn(tensors["model.layers.0.input_layernorm.weight"].shape,
+                                         generator=torch.Generator().manual_seed(0)))
+    for name in tensors:
+        if name.endswith("layernorm.weight"):
+            tensors[name] = (tensors[name].float() * spread).to(tensors[name].dtype)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 80)
+    group = {} if method == "smoothquant" else {"scheme__group_size": 32}
+    errors = []
+    for name, steps in ((method, None), ("plain", [{"rtn": {"search": True}}])):
+        made = {key: value for key, value in SMALL.items() if "scheme" not in key}
+        changes = {**made, **{key.replace("__", "."): value for key, value in group.items()}}
+        if steps is not None:
+            changes["steps"] = steps
+        checkpoint = open_checkpoint(str(model))
+        plan = make_plan(checkpoint, recipe.override(recipe.preset(method), changes), tmp_path / name, "cpu")
+        result = pipeline.run(checkpoint, plan, Silent())
+        figures = evaluate.evaluate(decode.open_model(str(tmp_path / name)), decode.open_model(str(model)), str(text),
+                                    windows=4, context=16)
+        errors.append(figures["kl"]["mean"])
+        rescaled = {layer["name"].rpartition(".")[2] for layer in result["layers"] if layer.get("rescaled")}
+        assert (rescaled >= {"q_proj", "gate_proj", "down_proj"}) == (steps is None)
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_scaled_channels_and_inspect(tmp_path: Path) -> None:
+    """Weights whose channels were scaled are not held against the original's; everything else still is."""
+    model = tiny.make(tmp_path / "model", "llama")
+    quantize(model, tmp_path / "out", "awq")
+    source, base = decode.open_model(str(tmp_path / "out")), decode.open_model(str(model))
+    rows = inspect.layers(source, manifest.load(tmp_path / "out"))
+    told = inspect.compare(source, base, rows)
+    assert not inspect.verify(source, rows)
+    assert all("layernorm" in name for name in told["changed_tensors"])
 
 
 def test_nf4_is_what_bitsandbytes_makes(tmp_path: Path) -> None:

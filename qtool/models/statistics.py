@@ -27,7 +27,7 @@ MIN_EXPERT_TOKENS = 32
 EXPERT_COLUMNS_PER_TOKEN = 16  # an expert with fewer than K / 16 tokens has a Hessian of too low rank to be trusted
 
 
-class _Seen(Exception):  # noqa: N818 - no error: every linear has received its input, the rest of the pass is not needed
+class AllSeen(Exception):  # noqa: N818 - no error: every linear has received its input, the rest of the pass is not needed
     pass
 
 
@@ -47,7 +47,7 @@ class _Group:
     paired_tokens: int = 0
 
 
-class _Watch:
+class InputWatch:
     """Pre-hooks on the linears of a block that hand each new input to `measure`, once per shared input."""
 
     def __init__(self, block: nn.Module, prefix: str, wanted: Sequence[str],
@@ -61,7 +61,7 @@ class _Watch:
                          for path, module in block.named_modules() if f"{prefix}.{path}" in self._wanted]
 
     def start(self) -> None:
-        """Begin a forward pass; it ends (_Seen) as soon as every linear has its input."""
+        """Begin a forward pass; it ends (AllSeen) as soon as every linear has its input."""
         self._seen.clear()
         self._inputs.clear()
 
@@ -89,7 +89,7 @@ class _Watch:
                     self.measure(name, x.reshape(-1, x.shape[-1]))
             self._seen.add(name)
             if self._all_seen():
-                raise _Seen
+                raise AllSeen
 
         return hook
 
@@ -122,7 +122,7 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
             groups[name] = _Group([name], zeros(columns, x.device), HeldOut(columns, held_tokens < columns, x.device))
         _add(groups[name], x, clean.get(name), held)
 
-    watch = _Watch(block, prefix, linears, measure)
+    watch = InputWatch(block, prefix, linears, measure)
     try:
         with torch.inference_mode():
             for batch in batches if linears else ():
@@ -131,7 +131,7 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
                 leaders = sorted(set(watch.leaders.values())) or linears
                 clean = floats(batch, leaders) if floats is not None else {}
                 watch.start()
-                with contextlib.suppress(_Seen):
+                with contextlib.suppress(AllSeen):
                     run_block(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
@@ -144,9 +144,9 @@ def inputs_of(block: nn.Module, prefix: str, linears: Sequence[str], arguments: 
     experts = expert_prefixes(block, prefix)
     found: dict[str, torch.Tensor] = {}
     wanted = [name for name in linears if not name.startswith(experts)] if experts else linears
-    watch = _Watch(block, prefix, wanted, found.__setitem__)
+    watch = InputWatch(block, prefix, wanted, found.__setitem__)
     try:
-        with contextlib.suppress(_Seen):
+        with contextlib.suppress(AllSeen):
             watch.start()
             run_block(block, arguments, index, store, batch, device, dtype)
     finally:

@@ -1,0 +1,62 @@
+"""AWQ: scale input channels by how large their activations are, so that weights that matter are rounded finer.
+
+s = mean|x|^a, normalised to sqrt(max s * min s) = 1, with `a` on a grid of [0, 1]: the one with the least error
+|(Q(W diag s) diag(1/s) - W) x|² over some calibration tokens. W diag(s) is then quantized by the steps that follow, and
+1/s goes into the norm or linear that x comes from. Clipping is the search of the step that fits the grid.
+Source: arXiv 2306.00978.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from qtool import found
+from qtool.layer import Layer
+from qtool.recipe import Strict
+
+CALIBRATED = True
+SCALES_INPUTS = True
+
+
+class Options(Strict):
+    """samples: sequences that the inputs are surveyed on.  steps: values of `a` that are tried beside 0.
+
+    tokens: how many of them measure the error.  search, shrink_steps: how the grid is fitted while searching.
+    """
+
+    samples: int = Field(32, ge=1)
+    tokens: int = Field(1024, ge=64)
+    steps: int = Field(20, ge=1, le=100)
+    shrink_steps: int = Field(1, ge=1, le=200)
+
+
+def run(layer: Layer, options: Options) -> Layer:
+    """Nothing is left to do for single layers: the scales are in the weights by now."""
+    return layer
+
+
+def input_scale(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample: torch.Tensor,
+                options: Options) -> tuple[torch.Tensor, dict[str, float]]:
+    """The scale of each input channel [K], and what the manifest should tell.
+
+    mean, largest: of |x| per channel [K].  sample: some inputs [T, K].
+    """
+    best, chosen, plain = torch.ones_like(mean), 0.0, _error(layer, torch.ones_like(mean), sample, options)
+    least = plain
+    for step in range(1, options.steps + 1):
+        power = step / options.steps
+        scale = mean.clamp_min(1e-8).pow(power).clamp_min(1e-4)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        error = _error(layer, scale, sample, options)
+        if error < least:
+            least, best, chosen = error, scale, power
+    return best, {"awq": chosen}
+
+
+def _error(layer: Layer, scale: torch.Tensor, sample: torch.Tensor, options: Options) -> float:
+    grid = found.load("grids", layer.scheme.grid)
+    scaled = layer.weight * scale
+    fitted = grid.fit(scaled, layer.scheme, layer.scale_dtype, None, options.shrink_steps)
+    off = grid.decode(grid.encode(scaled, fitted)) / scale - layer.weight
+    return float(torch.linalg.vector_norm(sample @ off.T, dtype=torch.float64))

@@ -1,0 +1,60 @@
+"""SmoothQuant: move the difficulty of large activations into the weights, where inputs are rounded as well.
+
+s_j = max|x_j|^a / max|W_j|^(1 - a) per input channel; x / s is easier to round per token, W diag(s) a little harder.
+1/s goes into the norm or linear that x comes from. `strength` is a, or "search": the one with the least output error
+with both sides rounded. Source: arXiv 2211.10438.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from qtool import found
+from qtool.activations import round_tokens
+from qtool.layer import Layer
+from qtool.recipe import Strict
+
+CALIBRATED = True
+SCALES_INPUTS = True
+TRIED = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Options(Strict):
+    """strength: a, or search.  samples: sequences that the inputs are surveyed on.  tokens: of them, measure errors."""
+
+    strength: float | Literal["search"] = "search"
+    samples: int = Field(32, ge=1)
+    tokens: int = Field(1024, ge=64)
+
+
+def run(layer: Layer, options: Options) -> Layer:
+    """Nothing is left to do for single layers: the scales are in the weights by now."""
+    return layer
+
+
+def input_scale(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample: torch.Tensor,
+                options: Options) -> tuple[torch.Tensor, dict[str, float]]:
+    """The scale of each input channel [K], and what the manifest should tell. Arguments: see awq."""
+    weights = layer.weight.abs().amax(0).clamp_min(1e-8)
+    tried = TRIED if options.strength == "search" else (float(options.strength),)
+    candidates = {power: _scale(largest, weights, power) for power in tried}
+    if options.strength == "search":
+        candidates[0.0] = torch.ones_like(largest)  # as it is
+    chosen = min(candidates, key=lambda power: (_error(layer, candidates[power], sample), power))
+    return candidates[chosen], {"smoothquant": chosen}
+
+
+def _scale(largest: torch.Tensor, weights: torch.Tensor, power: float) -> torch.Tensor:
+    scale = largest.clamp_min(1e-5).pow(power) / weights.pow(1 - power)
+    return scale.clamp_min(1e-5) / (scale.clamp_min(1e-5).log().mean().exp())
+
+
+def _error(layer: Layer, scale: torch.Tensor, sample: torch.Tensor) -> float:
+    grid = found.load("grids", layer.scheme.grid)
+    scaled, x = layer.weight * scale, sample / scale
+    rounded = round_tokens(x, layer.scheme) if layer.scheme.activations else x
+    decoded = grid.decode(grid.encode(scaled, grid.fit(scaled, layer.scheme, layer.scale_dtype)))
+    return float(torch.linalg.vector_norm(rounded @ decoded.T - sample @ layer.weight.T, dtype=torch.float64))

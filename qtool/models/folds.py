@@ -1,0 +1,210 @@
+"""Scaling the input channels of linears without changing the model: the inverse goes into what feeds them.
+
+The inputs x of some linears come from a norm (x = n(h) * w), or channel by channel from another linear (v_proj through
+attention to o_proj, up_proj through the gate to down_proj). Dividing that norm's or linear's weight by s and
+multiplying the columns of the linears by s gives the same function. Whether a fold holds is tried on the block, not
+looked up: random s, same output. Sources: AWQ (arXiv 2306.00978), SmoothQuant (arXiv 2211.10438).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qtool.models.blocks import BlockArguments
+from qtool.models.statistics import AllSeen, InputWatch, run_block
+from qtool.models.streams import StreamStore
+
+FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
+TOLERANCE = 1e-3  # of the output's size, for a fold that holds; float32 and bfloat16 rounding stay below it
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the inputs of some linears look like: mean and largest |x| per channel [K], some tokens x [T, K]."""
+
+    mean: torch.Tensor
+    largest: torch.Tensor
+    sample: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Linears (paths in the block) that share their input, and the norm or linear that it comes from.
+
+    added: the norm computes with 1 + weight.  repeat, run: each run of `run` channels of a source linear feeds `repeat`
+    runs of the consumers one after another (grouped-query attention).
+    """
+
+    consumers: tuple[str, ...]
+    source: str
+    linear: bool
+    added: bool = False
+    repeat: int = 1
+    run: int = 1
+
+
+def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
+           store: StreamStore, batches: Iterable[slice], device: torch.device, dtype: torch.dtype,
+           keep: int) -> dict[tuple[str, ...], Survey]:
+    """Run the block on some batches: paths of linears that share an input -> its looks, `keep` tokens of it."""
+    sums: dict[str, list[torch.Tensor]] = {}
+    tokens: dict[str, int] = {}
+
+    def measure(name: str, x: torch.Tensor) -> None:
+        size, step = x.float().abs(), max(1, len(x) // 64)
+        mean, largest, sample = size.sum(0), size.amax(0), x[::step].float()
+        if name in sums:
+            mean, largest = mean + sums[name][0], torch.maximum(largest, sums[name][1])
+            sample = torch.cat([sums[name][2], sample])[:keep]
+        sums[name], tokens[name] = [mean, largest, sample], tokens.get(name, 0) + len(x)
+
+    watch = InputWatch(block, prefix, linears, measure)
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                watch.start()
+                with contextlib.suppress(AllSeen):
+                    run_block(block, arguments, index, store, batch, device, dtype)
+    finally:
+        watch.remove()
+    groups: dict[str, list[str]] = {}
+    for name in linears:
+        if name in watch.leaders:
+            groups.setdefault(watch.leaders[name], []).append(name.removeprefix(prefix + "."))
+    return {tuple(names): Survey(sums[leader][0] / tokens[leader], *sums[leader][1:])
+            for leader, names in groups.items() if leader in sums}
+
+
+def find_folds(block: nn.Module, groups: Iterable[tuple[str, ...]], run: Run) -> list[Fold]:
+    """Of the groups of linears that share an input, those with a source that can be scaled. Changes nothing."""
+    groups = list(groups)
+    feeding = _norms(block, groups, run)
+    found = []
+    expected = run()
+    for group in groups:
+        tried = [Fold(group, feeding[group], False, added) for added in (False, True)] if group in feeding else []
+        for fold in (*tried, *_linear_folds(block, group)):
+            if _holds(block, fold, run, expected):
+                found.append(fold)
+                break
+    return found
+
+
+def apply(block: nn.Module, fold: Fold, scale: torch.Tensor, read: Callable[[str], torch.Tensor],
+          norm_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Multiply the columns of the consumers by scale [K], divide their source by it; parameters by path in the block.
+
+    read: the exact parameter at a path. The norm is rounded to norm_dtype first and the consumers follow what it really
+    became, so that nothing is lost. The block's own parameters are changed too.
+    """
+    changed: dict[str, torch.Tensor] = {}
+    if fold.linear:
+        rows = _source_scale(fold, scale)
+        changed[f"{fold.source}.weight"] = read(f"{fold.source}.weight").float() / rows[:, None]
+        if _linear(block, fold.source).bias is not None:
+            bias = read(f"{fold.source}.bias")
+            changed[f"{fold.source}.bias"] = (bias.float() / rows).to(bias.dtype)
+    else:
+        one = 1.0 if fold.added else 0.0
+        before = read(f"{fold.source}.weight").float()
+        after = ((before + one) / scale - one).to(norm_dtype)
+        real = (before + one) / (after.float() + one)
+        scale = torch.where(torch.isfinite(real) & (real > 0), real, 1.0)
+        changed[f"{fold.source}.weight"] = torch.where(scale == 1, before.to(norm_dtype), after)
+    for path in fold.consumers:
+        changed[f"{path}.weight"] = read(f"{path}.weight").float() * scale
+    for path, tensor in changed.items():
+        block.get_parameter(path).data.copy_(tensor)
+    return changed
+
+
+def source_shape(fold: Fold, columns: int) -> torch.Size:
+    """A scale [K] must be constant over these, and is averaged there: [runs, repeat, run] of the K channels."""
+    return torch.Size((columns // (fold.repeat * fold.run), fold.repeat, fold.run))
+
+
+def tied(fold: Fold, values: torch.Tensor) -> torch.Tensor:
+    """values [K] averaged over the channels that must have the same scale."""
+    if fold.repeat == 1:
+        return values
+    return values.reshape(source_shape(fold, len(values))).mean(1, keepdim=True).expand(
+        source_shape(fold, len(values))).reshape(-1)
+
+
+def _source_scale(fold: Fold, scale: torch.Tensor) -> torch.Tensor:
+    """The scale of each row of a source linear."""
+    return scale if fold.repeat == 1 else scale.reshape(source_shape(fold, len(scale)))[:, 0].reshape(-1)
+
+
+def _norms(block: nn.Module, groups: list[tuple[str, ...]], run: Run) -> dict[tuple[str, ...], str]:
+    """Group -> the module with a one-dimensional weight whose output is the very input of its linears."""
+    outputs: dict[int, tuple[str, torch.Tensor]] = {}
+    found: dict[tuple[str, ...], str] = {}
+
+    def leaves(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor):
+                outputs[output.data_ptr()] = path, output  # kept, so that no later tensor has its address
+        return hook
+
+    def enters(group: tuple[str, ...]) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            path, output = outputs.get(inputs[0].data_ptr(), ("", inputs[0]))
+            if path and output.shape == inputs[0].shape:
+                found[group] = path
+        return hook
+
+    vectors = {path for path, module in block.named_modules() for name, one in module.named_parameters(recurse=False)
+               if name == "weight" and one.dim() == 1}
+    handles = [block.get_submodule(path).register_forward_hook(leaves(path)) for path in sorted(vectors)]
+    handles += [block.get_submodule(group[0]).register_forward_pre_hook(enters(group)) for group in groups]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _linear_folds(block: nn.Module, group: tuple[str, ...]) -> Iterable[Fold]:
+    parent, _, last = group[0].rpartition(".")
+    for source, target in FEEDS:
+        path = f"{parent}.{source}" if parent else source
+        if len(group) != 1 or last != target or path not in dict(block.named_modules()):
+            continue
+        rows, columns = _linear(block, path).out_features, _linear(block, group[0]).in_features
+        if columns % rows:
+            continue
+        head = getattr(block.get_submodule(parent), "head_dim", rows)
+        width = int(head) if columns != rows and isinstance(head, int) else 1
+        if rows % width == 0:
+            yield Fold(group, path, True, repeat=columns // rows, run=width)
+
+
+def _linear(block: nn.Module, path: str) -> nn.Linear:
+    module = block.get_submodule(path)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _holds(block: nn.Module, fold: Fold, run: Run, expected: torch.Tensor) -> bool:
+    paths = [f"{fold.source}.weight", *(f"{path}.weight" for path in fold.consumers)]
+    if fold.linear and _linear(block, fold.source).bias is not None:
+        paths.append(f"{fold.source}.bias")
+    saved: Mapping[str, torch.Tensor] = {path: block.get_parameter(path).data.clone() for path in paths}
+    columns = _linear(block, fold.consumers[0]).in_features
+    generator = torch.Generator().manual_seed(0)
+    scale = tied(fold, torch.rand(columns, generator=generator) + 0.5).to(expected.device)
+    apply(block, fold, scale, saved.__getitem__, torch.float32)
+    try:
+        off = (run() - expected).abs().max()
+    finally:
+        for path, tensor in saved.items():
+            block.get_parameter(path).data.copy_(tensor)
+    return bool(off <= TOLERANCE * expected.float().std())
