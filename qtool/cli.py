@@ -52,7 +52,8 @@ Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (au
 DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
 Method = Annotated[str | None, _recipe_option(
-    "The ready recipe of a method: gptq, gptq-fast, rtn, w8a8, fp8, nf4, fp4, nf4-gptq, mxfp4, nvfp4 (gptq).",
+    "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, fp8, nf4, fp4, nf4-gptq, "
+    "mxfp4, nvfp4 (gptq).",
     metavar="NAME")]
 RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
 Bits = Annotated[int | None, _recipe_option("Bits of a code: 2, 3, 4 or 8 (4).", metavar="N")]
@@ -62,7 +63,7 @@ GroupSize = Annotated[str | None, _recipe_option(
 Symmetric = Annotated[bool, _recipe_option("No zero points (the default).", "--symmetric")]
 Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")]
 DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
-Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq or bitsandbytes (the method's).", "--format",
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq or bitsandbytes (the method's).", "--format",
                                               metavar="NAME")]
 Text = Annotated[str | None, _recipe_option(
     "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
@@ -84,7 +85,7 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, or hf (dense weights).", metavar="FORMAT")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, or hf (dense weights).", metavar="FORMAT")]
 
 
 class Stopped(BaseException):

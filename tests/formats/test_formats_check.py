@@ -25,6 +25,9 @@ NAME = "model.layers.0.mlp.down_proj"
     ("gptq", Scheme(group_size=-1), (64, 48), ("64 outputs", "48 inputs", "compressed-tensors")),
     ("gptq", Scheme(group_size=96), (64, 192), ("96", "nearest: 64")),
     ("gptq", Scheme(group_size=8), (64, 192), ("group_size 8", "nearest: 16")),
+    ("awq", Scheme(bits=8), (64, 128), ("4 bits", "8", "--bits 4")),
+    ("awq", Scheme(group_size=64), (60, 128), ("60 outputs", "compressed-tensors")),
+    ("awq", Scheme(group_size=8), (64, 128), ("group_size 8", "16, 32")),
     ("hf", Scheme(), (64, 128), ("dense", "compressed-tensors")),
 ])
 def test_refusals_name_the_linear_the_numbers_and_the_nearest(name: str, scheme: Scheme, shape: tuple[int, int],
@@ -35,7 +38,7 @@ def test_refusals_name_the_linear_the_numbers_and_the_nearest(name: str, scheme:
 
 
 def test_formats_are_found_by_file_name() -> None:
-    assert formats.names() == ["bitsandbytes", "compressed-tensors", "gptq", "hf"]
+    assert formats.names() == ["awq", "bitsandbytes", "compressed-tensors", "gptq", "hf"]
     assert formats.load("compressed-tensors").NAME == "compressed-tensors"
     with pytest.raises(RecipeError, match="did you mean 'gptq'"):
         formats.load("gptqq")

@@ -17,12 +17,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, Scheme, tuple[int, int], torch.dtype, int]:
-    name = draw(st.sampled_from(["compressed-tensors", "gptq"]))
+    name = draw(st.sampled_from(["compressed-tensors", "gptq", "awq"]))
     group = draw(st.sampled_from([-1, 16, 32, 64] + ([8, 24] if name == "compressed-tensors" else [])))
-    unit = 32 if name == "gptq" else 1
+    unit = 1 if name == "compressed-tensors" else 32
     rows = unit * draw(st.integers(1, 3 if unit > 1 else 70))
     columns = draw(st.integers(1, 4)) * (unit if group in (-1, 16, 32) and unit > 1 else max(group, unit))
-    scheme = Scheme(bits=draw(st.sampled_from([2, 3, 4, 8])), group_size=group, symmetric=draw(st.booleans()))
+    bits = 4 if name == "awq" else draw(st.sampled_from([2, 3, 4, 8]))
+    scheme = Scheme(bits=bits, group_size=group, symmetric=draw(st.booleans()))
     return name, scheme, (rows, columns), draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
 
 

@@ -20,16 +20,19 @@ ALIKE = [case(NAME, 4, 32), case(NAME, 8, 64), case(NAME, 3, 32), case(NAME, 2, 
          case(NAME, 4, 128, False), case(NAME, 3, 32, False), case(NAME, 8, -1, False),
          case(NAME, 4, 64, True, Rule(match="*.o_proj", skip=True), name="no-o_proj")]
 CASES = [*ALIKE, case(NAME, 4, 32, True, *MIXED, name="mixed")]
+AWQ = [case("awq", 4, 32, False, name="awq"),
+       case("awq", 4, 64, False, Rule(match="*.o_proj", skip=True), name="awq-64")]
 HALF = 0.03  # logits of size 1 computed in float16
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gptqmodel")
-    for one in CASES:
+    for one in (*CASES, *AWQ):
         build(one, folder)
     read(VENV, "read_with_gptqmodel.py",
-         [{"model": str(folder / one.name), "out": str(folder / f"{one}.gptqmodel")} for one in CASES], folder)
+         [{"model": str(folder / one.name), "out": str(folder / f"{one}.gptqmodel"), "format": one.format}
+          for one in (*CASES, *AWQ)], folder)
     return folder
 
 
@@ -56,3 +59,10 @@ def test_transformers_computes_what_we_decode(one: Case, transformers: Path) -> 
     tensors, remarks = answer(transformers / f"{one}.transformers")
     assert "Linear" in remarks["modules"].replace("Linear ", ""), "nothing was replaced by a quantized module"
     assert_close(tensors["logits"], expected(transformers / one.name, transformers), HALF)
+
+
+@pytest.mark.parametrize("one", AWQ, ids=str)
+def test_gptqmodel_computes_what_we_decode_of_awq(one: Case, folder: Path) -> None:
+    tensors, remarks = answer(folder / f"{one}.gptqmodel")
+    assert "Awq" in remarks["modules"]
+    assert_close(tensors["logits"], expected(folder / one.name, folder), HALF)

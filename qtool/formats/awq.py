@@ -1,0 +1,171 @@
+"""AWQ's "gemm" layout: 4-bit asymmetric groups. GPTQModel, transformers (through it), vLLM, SGLang.
+
+Per linear P of shape [N, K] with G groups along K:
+    P.qweight  int32 [K, N / 8]   eight codes a word along N, nibble i holds column 8 w + ORDER[i]
+    P.qzeros   int32 [G, N / 8]   zero points in the same order, without GPTQ's offset of one
+    P.scales   float16 [G, N]
+W[n, k] = (code - zero) * scale. A symmetric grid is written with its zero point, 8.
+Source: autoawq modules/linear/gemm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qtool import ops
+from qtool.errors import CheckpointError
+from qtool.formats._stored import Read, Stored, expect, packable, quantization_config, refuse, scheme_of, stored_linears
+from qtool.formats._targets import fused_conflicts, patterns, with_fused
+from qtool.recipe import Scheme
+from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec, group_count
+
+__all__ = [
+    "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files", "fused_conflicts",
+    "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
+]
+NAME = "awq"
+SUFFIXES = ("qweight", "qzeros", "scales")
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BITS, PER_WORD = 4, 8
+GROUP_SIZES = (-1, 16, 32, 64, 128)
+LOADERS = (
+    ("GPTQModel", "from gptqmodel import GPTQModel\nmodel = GPTQModel.load(\"DIR\")\n"
+                  "print(model.tokenizer.decode(model.generate(\"Hello\")[0]))"),
+    ("vLLM", "from vllm import LLM\nllm = LLM(\"DIR\")\nprint(llm.generate(\"Hello\")[0].outputs[0].text)"),
+)
+
+
+def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:
+    """Why a linear [N, K] cannot be held, with the nearest that works; None when it can."""
+    rows, columns = shape
+    reason = refuse(NAME, scheme, linear_name, shape)
+    if reason is None and scheme.bits != BITS:
+        reason = f"{NAME} holds 4 bits, not the {scheme.bits} of {linear_name}; nearest: --bits 4, or another --format"
+    if reason is None and (rows % 32 or columns % 32):
+        reason = (f"{NAME} packs outputs and inputs by 32, but {linear_name} has {rows} outputs and {columns} inputs; "
+                  "nearest that works: --format compressed-tensors, which has no such limit")
+    if reason is None and scheme.group_size not in GROUP_SIZES:
+        reason = (f"no program loads {NAME} files with group_size {scheme.group_size} ({linear_name}); sizes that "
+                  f"load: {', '.join(map(str, GROUP_SIZES))}")
+    return reason
+
+
+def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+    """Why these linears cannot share a checkpoint: config.json names one group size for all."""
+    sizes = {scheme.group_size: name for name, scheme in schemes.items()}
+    if len(sizes) < 2:
+        return None
+    (first, one), (second, other) = list(sizes.items())[:2]
+    return (f"{NAME} has one group size per checkpoint, but {one} has {first} and {other} has {second}; nearest: make "
+            "them the same, or --format compressed-tensors")
+
+
+def notes(schemes: Mapping[str, Scheme]) -> list[str]:
+    return []
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Scales are float16 whatever the dtype of the model."""
+    return torch.float16
+
+
+def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype: torch.dtype) -> list[TensorSpec]:
+    """Names, dtypes and shapes of the tensors of one linear [N, K]; a bias stays under its own name."""
+    rows, columns = shape
+    groups = group_count(columns, int(scheme.group_size))
+    return [TensorSpec(f"{linear_name}.qweight", torch.int32, (columns, rows // PER_WORD)),
+            TensorSpec(f"{linear_name}.qzeros", torch.int32, (groups, rows // PER_WORD)),
+            TensorSpec(f"{linear_name}.scales", torch.float16, (groups, rows))]
+
+
+def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that layout announced. Raises NumericalError for a scale that float16 cannot hold exactly."""
+    scale = packable(linear_name, tensor, torch.float16)
+    return {f"{linear_name}.qweight": _pack(tensor.codes.T), f"{linear_name}.qzeros": _pack(tensor.zero_point.T),
+            f"{linear_name}.scales": scale.T.contiguous()}
+
+
+def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+           config: Mapping[str, Any] | None = None) -> QuantizedTensor:
+    """The codes and scales of one linear [N, K]."""
+    return _stored(linear_name, read, scheme, shape).quantized(linear_name, scheme)
+
+
+def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+               config: Mapping[str, Any] | None = None) -> torch.Tensor:
+    """float32 [N, K]."""
+    return _stored(linear_name, read, scheme, shape).dequantize()
+
+
+def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
+    """The quantization_config. `skipped`: every other nn.Linear."""
+    group_size = next(iter(schemes.values())).group_size
+    result = {"quant_method": "awq", "bits": BITS, "group_size": group_size, "zero_point": True, "version": "gemm",
+              "modules_to_not_convert": list(dict.fromkeys([*skipped, "lm_head"]))}
+    left = [name for name in skipped if name != "lm_head"]
+    if left:  # GPTQModel follows this list, not the other
+        result["dynamic"] = {f"-:{pattern}": {} for pattern in patterns(with_fused(left), with_fused(list(schemes)))}
+    return result
+
+
+def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """No files beside config.json."""
+    return {}
+
+
+def recognises(config: Mapping[str, Any]) -> bool:
+    """Whether this config.json says AWQ."""
+    return quantization_config(config).get("quant_method") == "awq"
+
+
+def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
+            read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
+    """Scheme and [N, K] of every quantized linear, from config.json and the headers; raises CheckpointError."""
+    said = quantization_config(config)
+    version, bits = str(said.get("version", "gemm")).lower(), said.get("bits", said.get("w_bit"))
+    if version != "gemm" or bits != BITS:
+        raise CheckpointError(f"config.json: AWQ version {version!r} with {bits} bits: only gemm with 4 bits is read; "
+                              "start from the unquantized model")
+    size = said.get("group_size", said.get("q_group_size", 128))
+    found = {}
+    for name in stored_linears(specs, "qweight"):
+        words, scales = specs[f"{name}.qweight"].shape, specs.get(f"{name}.scales")
+        if len(words) != 2 or scales is None or len(scales.shape) != 2 or scales.shape[1] != words[1] * PER_WORD:
+            raise CheckpointError(f"{name}: qweight {list(words)} and scales do not fit each other; "
+                                  "the file is damaged")
+        # a file cannot say that a grid is symmetric: its zero points would
+        found[name] = scheme_of(name, BITS, size, False), (words[1] * PER_WORD, words[0])
+    if not found:
+        raise CheckpointError("config.json says AWQ, but no tensor is called *.qweight; fetch the model again")
+    return found
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [any, N] -> int32 [any, N / 8]."""
+    rows, columns = codes.shape
+    return ops.pack_bits(codes.reshape(rows, columns // PER_WORD, PER_WORD)[:, :, list(ORDER)].reshape(rows, columns),
+                         BITS)
+
+
+def _unpack(words: torch.Tensor) -> torch.Tensor:
+    rows, columns = words.shape[0], words.shape[1] * PER_WORD
+    codes = ops.unpack_bits(words, BITS, columns).reshape(rows, columns // PER_WORD, PER_WORD)
+    result = torch.empty_like(codes)
+    result[:, :, list(ORDER)] = codes
+    return result.reshape(rows, columns)
+
+
+def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> Stored:
+    rows, columns = shape
+    size = columns if scheme.group_size == -1 else int(scheme.group_size)
+    if columns % size:
+        raise CheckpointError(f"{linear_name}: groups of {size} do not divide {columns} inputs; config.json belongs to "
+                              "another file")
+    groups, where = columns // size, [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
+    words = expect(where[0], read(where[0]), (torch.int32,), (columns, rows // PER_WORD))
+    zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, rows // PER_WORD))
+    scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))
+    return Stored(_unpack(words).T.contiguous(), scale.T.contiguous(), _unpack(zeros).T.contiguous())
