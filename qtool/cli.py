@@ -63,8 +63,8 @@ GroupSize = Annotated[str | None, _recipe_option(
 Symmetric = Annotated[bool, _recipe_option("No zero points (the default).", "--symmetric")]
 Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")]
 DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
-Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq or bitsandbytes (the method's).", "--format",
-                                              metavar="NAME")]
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq or bitsandbytes (the method's).",
+                                              "--format", metavar="NAME")]
 Text = Annotated[str | None, _recipe_option(
     "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
     "NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="SPEC")]

@@ -72,7 +72,7 @@ BAD_OTHERS = [
     ("eval MODEL --context 64 --against OTHER", "vocabulary of 512 tokens, but .* 600"),
     ("eval MODEL --device tpu", "device 'tpu' is not known"),
     ("export QUANTIZED --to compressed-tensors", "is stored as compressed-tensors already"),
-    ("export QUANTIZED --to awq", "unknown format 'awq'"),
+    ("export QUANTIZED --to marlin", "unknown format 'marlin'"),
     ("export MODEL --to gptq", "is not quantized.*use: qtool quantize .* --format gptq"),
     ("export MODEL --to hf", "holds plain weights already"),
     ("export QUANTIZED --to gptq --out full", "exists and is not empty"),
