@@ -1,7 +1,7 @@
 """Our formats in vLLM on the CPU; read_with_vllm.py says whose kernel multiplies.
 
-W8A8 is left out: on a CPU with AVX2 alone vLLM's logits differ by half of their deviation from those of transformers and
-of our decode, which agree exactly; not looked into.
+W8A8 is left out: on a CPU with AVX2 alone vLLM's logits differ by half of their deviation from those of transformers
+and of our decode, which agree exactly; not looked into.
 """
 
 from __future__ import annotations
