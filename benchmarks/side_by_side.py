@@ -29,7 +29,8 @@ CONTEXT, KL_WINDOWS = 1024, 20
 def load(path: Path) -> torch.nn.Module:
     source = decode.open_model(str(path))
     made = skeleton.build(source.directory, source.config, source.specs)
-    return load_model(made, source.read, torch.device("cpu"), torch.float32, source.schemes)
+    return load_model(made, source.read, torch.device("cpu"), torch.float32, source.schemes,
+                      source.read_quantized)
 
 
 @torch.inference_mode()

@@ -20,3 +20,24 @@ def round_tokens(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     else:
         codes = scaled.clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).float()
     return (codes * scale).to(x.dtype)
+
+
+def mixed_product(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, threshold: float) -> torch.Tensor:
+    """LLM.int8(): x [T, K] times the transposed weight, [T, N] float32; codes int8 [N, K], absmax float32 [N].
+
+    Input columns with any |x| >= threshold are multiplied in floating point with the dequantized weight columns. The
+    rest is rounded to int8, one scale per token, and multiplied as integers; the sums are exact.
+    Source: arXiv 2208.07339; bitsandbytes int8_vectorwise_quant, int8_mixed_scaled_mm.
+    """
+    half = x.half()
+    large = half.abs() >= threshold
+    columns = large.any(0)
+    rows = torch.where(large, 0.0, half.float()).abs().amax(1, keepdim=True)
+    inverse = torch.where(rows != 0, 127.0 / rows, 0.0)
+    rounded = (torch.where(large, 0.0, half.float()) * inverse).round()
+    rounded[:, columns] = 0
+    # float64 holds sums of products of 8-bit integers exactly
+    sums = rounded.double() @ codes.double().T
+    product = (sums.float() * (rows * absmax[None])) / (127.0 * 127.0)
+    dense = codes[:, columns].float() * absmax[:, None] / 127.0
+    return product + x[:, columns].float() @ dense.T

@@ -28,7 +28,8 @@ class Strict(BaseModel):
 class Scheme(Strict):
     """What is stored for one linear: the grid and its parameters. group_size -1 is one group per output row.
 
-    double_quant: scales in 8 bits too (nf4, fp4).  activations: what the linear's inputs are rounded to at run time.
+    double_quant: scales in 8 bits too (nf4, fp4).  activations: how the linear's inputs are rounded at run time,
+    "token" by token, or with "outliers" left as they are (LLM.int8()).
     """
 
     grid: str = "affine"
@@ -36,7 +37,7 @@ class Scheme(Strict):
     group_size: int | Literal["auto"] = 128
     symmetric: bool = True
     double_quant: bool = False
-    activations: Literal["token"] | None = None
+    activations: Literal["token", "outliers"] | None = None
 
     @field_validator("group_size")
     @classmethod
@@ -57,7 +58,7 @@ def scheme_label(scheme: Mapping[str, Any]) -> str:
     grid = scheme.get("grid", "affine")
     kind = f"{'int' if scheme['symmetric'] else 'uint'}{scheme['bits']}" if grid == "affine" else grid
     nested = "-dq" if scheme.get("double_quant") else ""
-    return f"{kind}-{group}{nested}{'-dynamic' if scheme.get('activations') else ''}"
+    return f"{kind}-{group}{nested}{'-dynamic' if scheme.get('activations') == 'token' else ''}"
 
 
 class Rule(Strict):
@@ -70,7 +71,7 @@ class Rule(Strict):
     symmetric: bool | None = None
     grid: str | None = None
     double_quant: bool | None = None
-    activations: Literal["token"] | None = None
+    activations: Literal["token", "outliers"] | None = None
 
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.match)

@@ -1,4 +1,4 @@
-"""bitsandbytes 4-bit linears, NF4 and FP4: what transformers loads with bitsandbytes, on GPUs and on CPUs.
+"""bitsandbytes linears, NF4, FP4 and LLM.int8(): what transformers loads with bitsandbytes, on GPUs and on CPUs.
 
 Per linear P of shape [N, K] in blocks of B consecutive weights (n = N K / B blocks):
     P.weight                             uint8 [N K / 2, 1]   two codes a byte, the first in the high nibble
@@ -7,6 +7,7 @@ Per linear P of shape [N, K] in blocks of B consecutive weights (n = N K / B blo
     P.weight.nested_absmax               float32 [n / 256]    double quantization only, as is
     P.weight.nested_quant_map            float32 [256]
     P.weight.quant_state.bitsandbytes__nf4 (or __fp4)         uint8, a JSON object: type, block, dtype, shape
+LLM.int8(): P.weight int8 [N, K], P.SCB float32 [N] (the absmax of each row), P.weight_format uint8 [] (0: by rows).
 The bytes are those that bitsandbytes makes of the same codes; only the JSON of double quantization is filled up with
 blanks, because the length of its nested_offset is not known before the weights are read.
 Source: bitsandbytes 0.50 functional.QuantState; transformers quantizers/quantizer_bnb_4bit.
@@ -23,21 +24,22 @@ import torch
 
 from qtool import found
 from qtool.errors import CheckpointError, NumericalError
-from qtool.formats._stored import Read, expect, quantization_config
+from qtool.formats._stored import Read, expect, quantization_config, stored_linears
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
 
 NAME = "bitsandbytes"
 STATE = "weight.quant_state.bitsandbytes__"
 SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-            f"{STATE}nf4", f"{STATE}fp4")
+            f"{STATE}nf4", f"{STATE}fp4", "SCB", "weight_format")
 LOADERS = (
     ("transformers (with bitsandbytes installed)",
      "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
      "model = AutoModelForCausalLM.from_pretrained(\"DIR\")\n"
      "tokenizer = AutoTokenizer.from_pretrained(\"DIR\")"),
 )
-GRIDS = ("nf4", "fp4")
+GRIDS, INT8 = ("nf4", "fp4"), "vectorwise-int8"
+THRESHOLD = 6.0  # of LLM.int8(): a column with a larger input is multiplied in floating point
 NESTED_RUN = 256
 OFFSET_WIDTH = 24  # of nested_offset: no float64 has a longer shortest form
 MAX_STATE_BYTES = 4096
@@ -47,10 +49,13 @@ PATTERNS = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1,
 
 def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:
     """Why a linear [N, K] cannot be held, with the nearest scheme that works; None when it can."""
+    if scheme.grid == INT8:
+        return None if scheme.activations == "outliers" else (
+            f"LLM.int8() rounds its inputs at run time; {linear_name} needs activations: outliers")
     if scheme.grid not in GRIDS:
-        return (f"bitsandbytes holds the nf4 and fp4 grids, not the {scheme.label} of {linear_name}; "
+        return (f"bitsandbytes holds the nf4, fp4 and vectorwise-int8 grids, not the {scheme.label} of {linear_name}; "
                 "nearest: --method nf4, or --format compressed-tensors")
-    if scheme.activations:
+    if scheme.activations is not None:
         return f"bitsandbytes rounds no inputs beside {scheme.grid} weights; leave activations out for {linear_name}"
     if shape[1] % int(scheme.group_size):
         return (f"group_size {scheme.group_size} does not divide the {shape[1]} input columns of {linear_name}; "
@@ -78,6 +83,10 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype: torch.dtype) -> list[TensorSpec]:
     """Names, dtypes and shapes of the tensors of one linear [N, K]."""
+    if scheme.grid == INT8:
+        return [TensorSpec(f"{linear_name}.weight", torch.int8, tuple(shape)),
+                TensorSpec(f"{linear_name}.SCB", torch.float32, (shape[0],)),
+                TensorSpec(f"{linear_name}.weight_format", torch.uint8, ())]
     count = shape[0] * shape[1]
     blocks = count // int(scheme.group_size)
     name = f"{linear_name}.weight"
@@ -93,11 +102,15 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
 
 def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that is not finite."""
-    if model_dtype is None:
+    if model_dtype is None and tensor.grid != INT8:
         raise ValueError(f"{linear_name}: the dtype of the model goes into the file, and none was given")
     if not bool(torch.isfinite(tensor.scale).all()):
         raise NumericalError(f"{linear_name}: a scale is not finite; leave this linear unquantized with a rule")
     name, shape = f"{linear_name}.weight", tuple(tensor.codes.shape)
+    if tensor.grid == INT8:
+        return {name: (tensor.codes.to(torch.int16) - 127).to(torch.int8),
+                f"{linear_name}.SCB": tensor.extra["absmax"],
+                f"{linear_name}.weight_format": torch.zeros((), dtype=torch.uint8)}
     patterns = torch.tensor(PATTERNS[tensor.grid], dtype=torch.uint8)[tensor.codes.long()].flatten()
     patterns = torch.nn.functional.pad(patterns, (0, len(patterns) % 2))
     tensors = {name: (patterns[::2] << 4 | patterns[1::2])[:, None], f"{name}.quant_map": quant_map(tensor.grid)}
@@ -109,7 +122,7 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
                     f"{name}.nested_quant_map": found.load("grids", tensor.grid).dynamic_table()}
     else:
         tensors[f"{name}.absmax"] = tensor.scale.float().flatten()
-    state = _state(tensor.grid, tensor.group_size, model_dtype, shape, offset)
+    state = _state(tensor.grid, tensor.group_size, model_dtype or torch.float32, shape, offset)
     tensors[f"{linear_name}.{STATE}{tensor.grid}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
     return tensors
 
@@ -125,6 +138,8 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
            config: Mapping[str, Any] | None = None) -> QuantizedTensor:
     """The codes and scales of one linear [N, K]; CheckpointError for another table of values."""
     rows, columns = shape
+    if scheme.grid == INT8:
+        return _unpack_int8(linear_name, read, shape)
     size = int(scheme.group_size)
     if columns % size:
         raise CheckpointError(f"{linear_name}: its blocks of {size} run across rows of {columns}, so its codes cannot "
@@ -143,6 +158,9 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K], whatever the table, also where blocks run across rows."""
+    if scheme.grid == INT8:
+        decoded: torch.Tensor = found.load("grids", INT8).decode(_unpack_int8(linear_name, read, shape))
+        return decoded
     count, size = shape[0] * shape[1], int(scheme.group_size)
     where = f"{linear_name}.weight.quant_map"
     table = expect(where, read(where), (torch.float32,), (16,))
@@ -154,12 +172,13 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
     """The quantization_config. `skipped`: every other nn.Linear."""
     scheme = next(iter(schemes.values()))
+    eight = scheme.grid == INT8
     return {
         "quant_method": "bitsandbytes",
-        "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True, "load_in_8bit": False,
-        "bnb_4bit_quant_type": scheme.grid, "bnb_4bit_use_double_quant": scheme.double_quant,
-        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_threshold": 6.0, "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
+        "_load_in_4bit": not eight, "_load_in_8bit": eight, "load_in_4bit": not eight, "load_in_8bit": eight,
+        "bnb_4bit_quant_type": "fp4" if eight else scheme.grid, "bnb_4bit_use_double_quant": scheme.double_quant,
+        "bnb_4bit_compute_dtype": "float32" if eight else "bfloat16", "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": THRESHOLD, "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
         "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
     }
 
@@ -177,8 +196,7 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
             read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
     """Scheme and [N, K] of every 4-bit linear, from the JSON that lies beside each; raises CheckpointError."""
     if quantization_config(config).get("load_in_8bit"):
-        raise CheckpointError("config.json: 8-bit bitsandbytes checkpoints are not read yet; "
-                              "start from the unquantized model")
+        return _int8_schemes(specs)
     found_schemes = {}
     for name in specs:
         linear, mark, grid = name.partition(f".{STATE}")
@@ -191,6 +209,27 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
         raise CheckpointError("the checkpoint says bitsandbytes, but no linear has a quant_state; it is damaged, or "
                               "was saved before it was quantized")
     return found_schemes
+
+
+def _int8_schemes(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Scheme, tuple[int, int]]]:
+    scheme = Scheme(grid=INT8, bits=8, group_size=-1, activations="outliers")
+    shapes = {name: specs.get(f"{name}.weight") for name in stored_linears(specs, "SCB")}
+    bad = [name for name, spec in shapes.items() if spec is None or len(spec.shape) != 2]
+    if bad or not shapes:
+        raise CheckpointError(f"{bad[0] if bad else 'the checkpoint'} says 8-bit bitsandbytes but has no int8 weight "
+                              "with an SCB beside it; it is damaged, or was saved before it was quantized")
+    return {name: (scheme, (spec.shape[0], spec.shape[1])) for name, spec in shapes.items() if spec is not None}
+
+
+def _unpack_int8(linear_name: str, read: Read, shape: tuple[int, int]) -> QuantizedTensor:
+    where = f"{linear_name}.weight", f"{linear_name}.SCB"
+    codes = expect(where[0], read(where[0]), (torch.int8,), shape).to(torch.int16) + 127
+    absmax = expect(where[1], read(where[1]), (torch.float32,), (shape[0],))
+    if codes.numel() and int(codes.min()) < 0:
+        raise CheckpointError(f"{linear_name}.weight holds -128, which LLM.int8() does not write; the file is damaged")
+    scale = (absmax / 127)[:, None]
+    return QuantizedTensor(codes.to(torch.uint8), scale, torch.zeros_like(scale, dtype=torch.uint8), 8, shape[1], True,
+                           {"absmax": absmax}, INT8)
 
 
 def _state(grid: str, block: int, dtype: torch.dtype, shape: tuple[int, ...], offset: float | None) -> bytes:

@@ -42,6 +42,9 @@ LOADERS = (
 
 def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:
     """Why a linear [N, K] cannot be held, with the nearest scheme that works; None when it can."""
+    if scheme.activations == "outliers":
+        return (f"{NAME} has no outliers apart (LLM.int8()), as {linear_name} asks for; nearest: activations: token, "
+                "or --format bitsandbytes with --method llm-int8")
     return _kept_by(scheme).check(scheme, linear_name, shape)
 
 

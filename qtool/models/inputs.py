@@ -1,15 +1,18 @@
-"""Linears whose inputs are rounded at run time, as engines do beside 8-bit weights: one symmetric scale per token."""
+"""Linears whose inputs are rounded at run time, as engines do beside 8-bit weights, one scale per token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from qtool.activations import round_tokens
+from qtool.activations import mixed_product, round_tokens
 from qtool.recipe import Scheme
+from qtool.tensors import QuantizedTensor
+
+OUTLIER = 6.0  # LLM.int8()'s threshold, as it stands in config.json
 
 
 class _Rounding:
@@ -34,6 +37,24 @@ def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     """From now on the linears of `model` named in `schemes` round their inputs, where their scheme says so."""
     hooks: dict[Scheme, _Rounding] = {}
     for path, scheme in schemes.items():
-        if scheme.activations is not None:
+        if scheme.activations == "token":
             hook = hooks.setdefault(scheme, _Rounding(scheme))
             model.get_submodule(path).register_forward_pre_hook(hook)
+
+
+def multiply_codes(model: nn.Module, linears: Mapping[str, QuantizedTensor]) -> None:
+    """From now on these linears, by path, compute as LLM.int8() does: outlier columns apart, the rest in integers."""
+    for path, tensor in linears.items():
+        module = model.get_submodule(path)
+        codes = (tensor.codes.to(torch.int16) - 127).to(torch.int8)
+        module.forward = _mixed(module, codes, tensor.extra["absmax"])  # type: ignore[method-assign]
+
+
+def _mixed(module: nn.Module, codes: torch.Tensor, absmax: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        product = mixed_product(x.reshape(-1, x.shape[-1]), codes, absmax, OUTLIER)
+        if isinstance(module.bias, torch.Tensor):
+            product = product + module.bias
+        return product.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    return forward

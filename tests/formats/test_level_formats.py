@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool import formats, found
+from qtool.activations import mixed_product
 from qtool.errors import CheckpointError
 from qtool.recipe import Scheme
 from tests.formats.cases import NAME, InMemory
@@ -23,6 +24,7 @@ SCHEMES = {
     "w8a8": (CT, Scheme(bits=8, group_size=-1, activations="token")),
     "mxfp4": (CT, Scheme(grid="mxfp4", group_size=32)), "nvfp4": (CT, Scheme(grid="nvfp4", group_size=16)),
     "nf4": (BNB, Scheme(grid="nf4", group_size=64)), "fp4": (BNB, Scheme(grid="fp4", group_size=32)),
+    "llm-int8": (BNB, Scheme(grid="vectorwise-int8", bits=8, group_size=-1, activations="outliers")),
     "nf4-dq": (BNB, Scheme(grid="nf4", group_size=64, double_quant=True)),
 }
 
@@ -140,6 +142,8 @@ def test_a_nan_in_fp8_is_named() -> None:
 
 @pytest.mark.parametrize(("name", "scheme", "words"), [
     (CT, Scheme(grid="nf4", group_size=64), "bitsandbytes"), (BNB, Scheme(), "--method nf4"),
+    (CT, Scheme(bits=8, group_size=-1, activations="outliers"), "--method llm-int8"),
+    (BNB, Scheme(grid="vectorwise-int8", bits=8, group_size=-1), "activations: outliers"),
     (CT, Scheme(bits=4, group_size=64, activations="token"), "--bits 8 --group-size -1"),
     (CT, Scheme(grid="mxfp4", group_size=32, activations="token"), "leave it out"),
     (BNB, Scheme(grid="nf4", group_size=128), "does not divide the 96"),
@@ -148,3 +152,30 @@ def test_a_nan_in_fp8_is_named() -> None:
 ])
 def test_refusals(name: str, scheme: Scheme, words: str) -> None:
     assert words in str(formats.load(name).check(scheme, NAME, (64, 96)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_llm_int8_is_what_bitsandbytes_makes(dtype: torch.dtype) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    scheme = SCHEMES["llm-int8"][1]
+    weight = weights(64, 320, dtype)
+    weight[7] = 0
+    ours = formats.load(BNB).pack(NAME, answer(scheme, weight, BNB), dtype)
+    codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
+    kept = torch.arange(64) != 7  # a row of zeros divides by zero there
+    assert torch.equal(ours[f"{NAME}.weight"][kept], codes[kept]) and torch.equal(ours[f"{NAME}.SCB"], absmax)
+    assert not ours[f"{NAME}.weight"][7].any()
+
+
+def test_the_mixed_product() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x = torch.randn(9, 320)
+    x[2, 5], x[4, 5], x[7, 100] = 9.0, -7.0, 6.0
+    codes, absmax, _ = functional.int8_vectorwise_quant(weights(64, 320, torch.float16) * 20)
+    rounded, rows, columns = functional.int8_vectorwise_quant(x.half(), threshold=6.0)
+    assert columns.tolist() == [5, 100]
+    theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x, rounded, codes, rows, absmax, columns, None)
+    ours = mixed_product(x, codes, absmax, 6.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))
+    exact = x @ (codes.float() * absmax[:, None] / 127).T
+    assert (ours - exact).norm() < 0.02 * exact.norm()

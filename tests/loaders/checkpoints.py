@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qtool import decode, formats, found
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
-from qtool.models.inputs import round_inputs
+from qtool.models.inputs import multiply_codes, round_inputs
 from qtool.recipe import Rule, Scheme
 from tests import tiny
 
@@ -124,7 +124,10 @@ def expected(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype =
     path = dense(model, folder, exact)
     network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     shutil.rmtree(path)
-    round_inputs(network, decode.open_model(str(model)).schemes)
+    source = decode.open_model(str(model))
+    round_inputs(network, source.schemes)
+    multiply_codes(network, {name: source.read_quantized(name) for name, scheme in source.schemes.items()
+                             if scheme.activations == "outliers"})
     with torch.no_grad():
         return network(torch.tensor([IDS])).logits[0].float()
 

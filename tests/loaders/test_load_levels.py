@@ -21,6 +21,8 @@ COMPRESSED = [
     Case("mixed", CT, Scheme(grid="mxfp4", group_size=32),
          (Rule(match="*.down_proj", grid="fp8", bits=8, group_size=-1), Rule(match="*.layers.1.*.up_proj", skip=True))),
 ]
+INT8 = Case("llm-int8", BNB, Scheme(grid="vectorwise-int8", bits=8, group_size=-1, activations="outliers"),
+            (Rule(match="*.layers.0.self_attn.o_proj", skip=True),))
 FOUR_BIT = [
     Case("nf4", BNB, Scheme(grid="nf4", group_size=64)),
     Case("nf4-dq", BNB, Scheme(grid="nf4", group_size=64, double_quant=True)),
@@ -31,17 +33,17 @@ FOUR_BIT = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("levels")
-    for one in (*COMPRESSED, *FOUR_BIT):
+    for one in (*COMPRESSED, *FOUR_BIT, INT8):
         build(one, folder)
     jobs = [{"model": str(folder / one.name), "out": str(folder / f"{one}.now"),
-             "dtype": str(dtype_of(one)).removeprefix("torch.")} for one in (*COMPRESSED, *FOUR_BIT)]
+             "dtype": str(dtype_of(one)).removeprefix("torch.")} for one in (*COMPRESSED, *FOUR_BIT, INT8)]
     read("", "read_with_transformers.py", jobs, folder)
     return folder
 
 
 def dtype_of(one: Case) -> torch.dtype:
-    """4-bit weights are decoded to bfloat16 there, whatever the dtype of the model."""
-    return torch.bfloat16 if one.scheme.bits == 4 else torch.float32
+    """4-bit weights are decoded to bfloat16 there, and LLM.int8() models loaded in it, whatever dtype is asked for."""
+    return torch.bfloat16 if one.scheme.bits == 4 or one is INT8 else torch.float32
 
 
 @pytest.mark.parametrize("one", COMPRESSED, ids=str)
@@ -60,3 +62,10 @@ def test_bitsandbytes_has_our_weights_and_our_logits(one: Case, folder: Path) ->
     for name in source.schemes:
         assert torch.equal(tensors[f"{name}.weight"].bfloat16(), source.read(f"{name}.weight"))
     assert_close(tensors["logits"], expected(folder / one.name, folder, dtype=torch.bfloat16), 0.01)
+
+
+def test_bitsandbytes_multiplies_as_our_evaluation_does(folder: Path) -> None:
+    """LLM.int8(), outliers apart; in bfloat16, where another order of sums moves some inputs to the next code."""
+    tensors, remarks = answer(folder / f"{INT8}.now")
+    assert "Linear8bitLt" in remarks["modules"]
+    assert_close(tensors["logits"], expected(folder / INT8.name, folder, dtype=torch.bfloat16), 0.05)
