@@ -65,7 +65,8 @@ def test_bitsandbytes_has_our_weights_and_our_logits(one: Case, folder: Path) ->
 
 
 def test_bitsandbytes_multiplies_as_our_evaluation_does(folder: Path) -> None:
-    """LLM.int8(), outliers apart; in bfloat16, where another order of sums moves some inputs to the next code."""
+    """LLM.int8(), outliers apart. A linear agrees to the last digit of bfloat16 (tests/formats has it in float32); from
+    one to the next these digits move inputs to other codes."""
     tensors, remarks = answer(folder / f"{INT8}.now")
     assert "Linear8bitLt" in remarks["modules"]
-    assert_close(tensors["logits"], expected(folder / INT8.name, folder, dtype=torch.bfloat16), 0.05)
+    assert_close(tensors["logits"], expected(folder / INT8.name, folder, dtype=torch.bfloat16), 0.15)
