@@ -140,6 +140,8 @@ def test_double_quantization_keeps_the_scales() -> None:
     (Scheme(grid="fp8", bits=8, group_size=-1, symmetric=False), "no zero points"),
     (Scheme(grid="mxfp4", group_size=64), "groups of 32, not 64"),
     (Scheme(grid="nvfp4", group_size=-1), "groups of 16, not -1"),
+    (Scheme(double_quant=True), "leave --double-quant out"),
+    (Scheme(grid="fp8", bits=8, group_size=-1, double_quant=True), "leave --double-quant out"),
 ])
 def test_what_a_grid_cannot_be(scheme: Scheme, words: str) -> None:
     assert words in str(found.load("grids", scheme.grid).check(scheme))

@@ -16,7 +16,7 @@ class LevelGrid:
     """levels: float32 [L], ascending.  edges: float32 [L - 1], above edge i a quotient becomes level i + 1.
 
     groups: the group sizes that there are (empty: any).  scale_dtype: of the scales, None for the format's.
-    shrink: the smallest part of the range that a search tries.
+    shrink: the smallest part of the range that a search tries.  nests: its scales may be kept in 8 bits.
     """
 
     name: str
@@ -26,11 +26,14 @@ class LevelGrid:
     groups: tuple[int, ...] = ()
     scale_dtype: torch.dtype | None = None
     shrink: float = 0.5
+    nests: bool = False
 
     def check(self, scheme: Scheme) -> str | None:
         """Why the scheme cannot be this grid, or None."""
         if scheme.bits != self.bits:
             return f"the {self.name} grid has {self.bits} bits, not {scheme.bits}; leave --bits out"
+        if scheme.double_quant and not self.nests:
+            return f"the {self.name} grid keeps its scales as they are; leave --double-quant out (it is for nf4 and fp4)"
         if not scheme.symmetric:
             return f"the {self.name} grid has no zero points; leave --asymmetric out"
         if self.groups and scheme.group_size not in self.groups:

@@ -20,6 +20,8 @@ FREE_SCALES = True  # any value of the stored dtype is a scale
 
 def check(scheme: Scheme) -> str | None:
     """Why the scheme cannot be an affine grid, or None."""
+    if scheme.double_quant:
+        return "affine grids keep their scales as they are; leave --double-quant out (it is for nf4 and fp4)"
     return None if 2 <= scheme.bits <= 8 else f"affine grids have 2 to 8 bits, not {scheme.bits}"
 
 

@@ -13,7 +13,8 @@ from qtool.grids._levels import midpoints
 
 MAGNITUDES = torch.tensor([0.0052083333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0])
 LEVELS = torch.cat([-MAGNITUDES.flip(0), torch.zeros(2), MAGNITUDES])  # both zeros: one for what is above 0, as there
-GRID = AbsmaxGrid("fp4", 4, LEVELS, midpoints(LEVELS), groups=(32, 64, 128, 256, 512, 1024, 2048, 4096))
+GRID = AbsmaxGrid("fp4", 4, LEVELS, midpoints(LEVELS), groups=(32, 64, 128, 256, 512, 1024, 2048, 4096),
+                  nests=True)
 JOINT, FREE_SCALES = False, False
 check, width, fit, encode, decode = GRID.check, GRID.width, GRID.fit, GRID.encode, GRID.decode
 steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refine_columns
