@@ -33,7 +33,8 @@ class LevelGrid:
         if scheme.bits != self.bits:
             return f"the {self.name} grid has {self.bits} bits, not {scheme.bits}; leave --bits out"
         if scheme.double_quant and not self.nests:
-            return f"the {self.name} grid keeps its scales as they are; leave --double-quant out (it is for nf4 and fp4)"
+            return (f"the {self.name} grid keeps its scales as they are; leave --double-quant out (it is for nf4 and "
+                    "fp4)")
         if not scheme.symmetric:
             return f"the {self.name} grid has no zero points; leave --asymmetric out"
         if self.groups and scheme.group_size not in self.groups:
