@@ -12,6 +12,18 @@ __device__ inline Lanes as_lanes(IntLanes a) { return __int_as_float(a); }
 #define QTOOL_INLINE __device__ inline
 #include "../qtool/csrc/arithmetic.inc"
 
+// Every lane gets the warp's least error and its place; the first of equals wins, as on the CPU.
+__device__ inline void first_best(float& error, int& best) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, error, distance);
+    const int place = __shfl_xor_sync(kAllLanes, best, distance);
+    if (other < error || (other == error && place < best)) {
+      error = other;
+      best = place;
+    }
+  }
+}
+
 // What a code stands for; as in qtool/csrc/kernels.inc.
 struct Affine {
   const uint8_t* zero;

@@ -38,14 +38,7 @@ __global__ void fit_kernel(const float* weight, const float* importance, FitOpti
       best = index;
     }
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, error, distance);
-    const int place = __shfl_xor_sync(kAllLanes, best, distance);
-    if (other < error || (other == error && place < best)) {  // the first of equals wins, as on the CPU
-      error = other;
-      best = place;
-    }
-  }
+  first_best(error, best);
   const Grid plain{1.0f, plain_zero(o)};
   Grid grid = best < count ? candidate(extent, o, best / per_step, best % per_step) : plain;
   for (int64_t round = 0; round < o.rounds; ++round) {  // every lane does the same: sums are in order

@@ -25,14 +25,7 @@ __global__ void fit_levels_kernel(const float* weight, const float* importance, 
       best = step;
     }
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, error, distance);
-    const int place = __shfl_xor_sync(kAllLanes, best, distance);
-    if (other < error || (other == error && place < best)) {  // the first of equals wins, as on the CPU
-      error = other;
-      best = place;
-    }
-  }
+  first_best(error, best);
   float chosen = best < o.steps ? level_candidate(span, o, best) : 1.0f;
   if (best < o.steps) level_error(rule, tile, importance, o.group, chosen, ratio);
   for (int64_t round = 0; round < o.rounds; ++round) {  // every lane does the same: sums are in order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qtool.quality import square_sum
 from qtool.tensors import all_finite
 
 
@@ -98,7 +99,7 @@ class HeldOut:
         """Mean of |M x|² for M [N, K] float32: the loss of an answer whose difference to its target is M."""
         if self._gram is not None:
             return float(((matrix @ self._gram) * matrix).sum(dtype=torch.float64)) / self.tokens
-        return sum(_squares(x.float() @ matrix.T) for x in self._inputs) / max(self.tokens, 1)
+        return sum(square_sum(x.float() @ matrix.T) for x in self._inputs) / max(self.tokens, 1)
 
     def pull(self, change: torch.Tensor, weight: torch.Tensor) -> float:
         """Mean of (P x)·(W (x~ - x)) for P, W [N, K] float32: how far the change P of W goes towards W x~."""
@@ -115,7 +116,3 @@ def zeros(columns: int, device: torch.device) -> torch.Tensor:
     """An empty sum [K, K], float32; no inference tensor, since methods may change it in place after the pass."""
     with torch.inference_mode(False):
         return torch.zeros(columns, columns, device=device)
-
-
-def _squares(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2

@@ -21,8 +21,8 @@ def energy_under(hessian: torch.Tensor) -> Callable[[torch.Tensor], float]:
 
 def weight_error(weight: torch.Tensor, difference: torch.Tensor) -> float:
     """Relative squared error of the weights, |D|² / |W|²."""
-    reference = _square_sum(weight)
-    return _square_sum(difference) / reference if reference > 0 else 0.0
+    reference = square_sum(weight)
+    return square_sum(difference) / reference if reference > 0 else 0.0
 
 
 def sqnr_db(relative_error: float) -> float | None:
@@ -30,5 +30,6 @@ def sqnr_db(relative_error: float) -> float | None:
     return -10 * math.log10(relative_error) if relative_error > 0 else None
 
 
-def _square_sum(matrix: torch.Tensor) -> float:
+def square_sum(matrix: torch.Tensor) -> float:
+    """Σ of the squares of all elements, in float64."""
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2  # converts as it goes, makes no copy

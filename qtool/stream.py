@@ -71,18 +71,10 @@ class Stream:
 
     def folds(self, block: torch.nn.Module, stage: Stage, groups: Iterable[tuple[str, ...]]) -> list[folds.Fold]:
         """Which of these groups can have their input channels scaled; looked for once for blocks of the same make."""
-        index, plan = stage.block or 0, self.plan
         wanted = tuple(groups)
         make = wanted, tuple((path, type(module).__name__) for path, module in block.named_modules())
         if make not in self._folds:
-            batch = min(self.batches, key=lambda one: one.stop - one.start)
-
-            @torch.inference_mode()
-            def run() -> torch.Tensor:
-                return statistics.run_block(block, self.arguments, index, self.stores[0], batch, plan.device,
-                                            plan.compute_dtype)
-
-            self._folds[make] = folds.find_folds(block, wanted, run)
+            self._folds[make] = folds.find_folds(block, wanted, lambda: self._trial(block, stage.block or 0))
         return self._folds[make]
 
     def collect(self, block: torch.nn.Module, stage: Stage) -> Iterator[Collected]:
@@ -129,10 +121,15 @@ class Stream:
         make = tuple((path, type(module).__name__) for path, module in block.named_modules())
         make += tuple((path, "quantized") for path in paths)
         if make not in self._parts:
-            batch = min(self.batches, key=lambda one: one.stop - one.start)
-            self._parts[make] = find_parts(block, paths, lambda: statistics.run_block(
-                block, self.arguments, index, self.stores[0], batch, self.plan.device, self.plan.compute_dtype))
+            self._parts[make] = find_parts(block, paths, lambda: self._trial(block, index))
         return self._parts[make]
+
+    @torch.inference_mode()
+    def _trial(self, block: torch.nn.Module, index: int) -> torch.Tensor:
+        """The output of the block on its smallest batch."""
+        batch = min(self.batches, key=lambda one: one.stop - one.start)
+        return statistics.run_block(block, self.arguments, index, self.stores[0], batch, self.plan.device,
+                                    self.plan.compute_dtype)
 
     def _track(self, block: torch.nn.Module, kind: str) -> Track:
         """Its stores are files, whatever the budget: they are written and read once a block, mostly in the cache."""

@@ -18,7 +18,7 @@ import torch
 
 from qtool import found
 from qtool.errors import CheckpointError, NumericalError
-from qtool.formats._stored import Read, expect, nearest_group
+from qtool.formats._stored import Read, expect, nearest_group, per_row
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
 
@@ -119,7 +119,7 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     if scheme.grid == "fp8":
         stored = read(f"{linear_name}.weight")
         bits = expect(f"{linear_name}.weight", stored, (torch.float8_e4m3fn,), shape).view(torch.uint8)
-        scale = scale.reshape(1, 1).expand(rows, 1) if scale.numel() == 1 else scale
+        scale = per_row(scale, rows)
         expect(where, scale, FLOATING, (rows, 1))
     else:
         packed = read(f"{linear_name}.weight_packed")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qtool.errors import CheckpointError
-from qtool.formats._stored import Read, expect, packable, scheme_of
+from qtool.formats._stored import Read, expect, packable, per_row, scheme_of
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
 
@@ -66,8 +66,7 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
         raise CheckpointError(f"{linear_name}: int-quantized weights with zero points are not read")
     rows = shape[0]
     where = f"{linear_name}.weight_scale"
-    scale = read(where)
-    scale = scale.reshape(1, 1).expand(rows, 1) if scale.numel() == 1 else scale
+    scale = per_row(read(where), rows)
     expect(where, scale, FLOATING, (rows, 1))
     stored = expect(f"{linear_name}.weight", read(f"{linear_name}.weight"), (torch.int8,), shape)
     codes = (stored.to(torch.int16) + MIDDLE).to(torch.uint8)

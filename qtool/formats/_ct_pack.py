@@ -26,6 +26,7 @@ from qtool.formats._stored import (
     expect,
     group_index,
     packable,
+    per_row,
     refuse,
     running_index,
     scheme_of,
@@ -89,9 +90,7 @@ def stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     if recorded != [rows, columns]:
         raise CheckpointError(f"{where} says {recorded}, but the other tensors and config.json say {[rows, columns]}; "
                               "the file is damaged or its quantization_config is another's")
-    scale = read(f"{linear_name}.weight_scale")
-    if scale.numel() == 1:  # one scale per tensor
-        scale = scale.reshape(1, 1).expand(rows, 1)
+    scale = per_row(read(f"{linear_name}.weight_scale"), rows)
     size = columns if scheme.group_size == -1 else int(scheme.group_size)
     groups = -(-columns // size)
     expect(f"{linear_name}.weight_scale", scale, FLOATING, (rows, groups))

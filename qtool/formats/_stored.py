@@ -121,6 +121,19 @@ def refuse(name: str, scheme: Scheme, linear_name: str, shape: tuple[int, int]) 
     return None
 
 
+def refuse_odd(name: str, linear_name: str, shape: tuple[int, int]) -> str | None:
+    """Why a format that packs both sides by 32 cannot hold a linear; None when it can."""
+    if shape[0] % 32 == 0 and shape[1] % 32 == 0:
+        return None
+    return (f"{name} packs outputs and inputs by 32, but {linear_name} has {shape[0]} outputs and {shape[1]} inputs; "
+            "nearest that works: --format compressed-tensors, which has no such limit")
+
+
+def per_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """[N, 1] of a scale that others may keep once for the whole matrix; anything else as it is."""
+    return scale.reshape(1, 1).expand(rows, 1) if scale.numel() == 1 else scale
+
+
 def nearest_group(group_size: int, columns: int) -> int:
     """The largest power of two up to group_size that divides columns, at least 8; -1 (per channel) if there is none."""
     size = 1 << (group_size.bit_length() - 1)

@@ -17,7 +17,17 @@ import torch
 
 from qtool import ops
 from qtool.errors import CheckpointError
-from qtool.formats._stored import Read, Stored, expect, packable, quantization_config, refuse, scheme_of, stored_linears
+from qtool.formats._stored import (
+    Read,
+    Stored,
+    expect,
+    packable,
+    quantization_config,
+    refuse,
+    refuse_odd,
+    scheme_of,
+    stored_linears,
+)
 from qtool.formats._targets import fused_conflicts, patterns, with_fused
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec, group_count
@@ -40,13 +50,10 @@ LOADERS = (
 
 def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:
     """Why a linear [N, K] cannot be held, with the nearest that works; None when it can."""
-    rows, columns = shape
     reason = refuse(NAME, scheme, linear_name, shape)
     if reason is None and scheme.bits != BITS:
         reason = f"{NAME} holds 4 bits, not the {scheme.bits} of {linear_name}; nearest: --bits 4, or another --format"
-    if reason is None and (rows % 32 or columns % 32):
-        reason = (f"{NAME} packs outputs and inputs by 32, but {linear_name} has {rows} outputs and {columns} inputs; "
-                  "nearest that works: --format compressed-tensors, which has no such limit")
+    reason = reason or refuse_odd(NAME, linear_name, shape)
     if reason is None and scheme.group_size not in GROUP_SIZES:
         reason = (f"no program loads {NAME} files with group_size {scheme.group_size} ({linear_name}); sizes that "
                   f"load: {', '.join(map(str, GROUP_SIZES))}")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from qtool import found
+from qtool.activations import OUTLIER
 from qtool.errors import CheckpointError, NumericalError
 from qtool.formats._stored import Read, expect, quantization_config, stored_linears
 from qtool.recipe import Scheme
@@ -39,7 +40,6 @@ LOADERS = (
      "tokenizer = AutoTokenizer.from_pretrained(\"DIR\")"),
 )
 GRIDS, INT8 = ("nf4", "fp4"), "vectorwise-int8"
-THRESHOLD = 6.0  # of LLM.int8(): a column with a larger input is multiplied in floating point
 NESTED_RUN = 256
 OFFSET_WIDTH = 24  # of nested_offset: no float64 has a longer shortest form
 MAX_STATE_BYTES = 4096
@@ -108,7 +108,7 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
         raise NumericalError(f"{linear_name}: a scale is not finite; leave this linear unquantized with a rule")
     name, shape = f"{linear_name}.weight", tuple(tensor.codes.shape)
     if tensor.grid == INT8:
-        return {name: (tensor.codes.to(torch.int16) - 127).to(torch.int8),
+        return {name: found.load("grids", INT8).signed_codes(tensor),
                 f"{linear_name}.SCB": tensor.extra["absmax"],
                 f"{linear_name}.weight_format": torch.zeros((), dtype=torch.uint8)}
     patterns = torch.tensor(PATTERNS[tensor.grid], dtype=torch.uint8)[tensor.codes.long()].flatten()
@@ -178,7 +178,7 @@ def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Se
         "_load_in_4bit": not eight, "_load_in_8bit": eight, "load_in_4bit": not eight, "load_in_8bit": eight,
         "bnb_4bit_quant_type": "fp4" if eight else scheme.grid, "bnb_4bit_use_double_quant": scheme.double_quant,
         "bnb_4bit_compute_dtype": "float32" if eight else "bfloat16", "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_threshold": THRESHOLD, "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
+        "llm_int8_threshold": OUTLIER, "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
         "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
     }
 
@@ -223,13 +223,12 @@ def _int8_schemes(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Scheme, tu
 
 def _unpack_int8(linear_name: str, read: Read, shape: tuple[int, int]) -> QuantizedTensor:
     where = f"{linear_name}.weight", f"{linear_name}.SCB"
-    codes = expect(where[0], read(where[0]), (torch.int8,), shape).to(torch.int16) + 127
+    codes = expect(where[0], read(where[0]), (torch.int8,), shape)
     absmax = expect(where[1], read(where[1]), (torch.float32,), (shape[0],))
-    if codes.numel() and int(codes.min()) < 0:
+    if codes.numel() and int(codes.min()) == -128:
         raise CheckpointError(f"{linear_name}.weight holds -128, which LLM.int8() does not write; the file is damaged")
-    scale = (absmax / 127)[:, None]
-    return QuantizedTensor(codes.to(torch.uint8), scale, torch.zeros_like(scale, dtype=torch.uint8), 8, shape[1], True,
-                           {"absmax": absmax}, INT8)
+    tensor: QuantizedTensor = found.load("grids", INT8).from_signed(codes, absmax)
+    return tensor
 
 
 def _state(grid: str, block: int, dtype: torch.dtype, shape: tuple[int, ...], offset: float | None) -> bytes:

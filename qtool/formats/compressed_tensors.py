@@ -81,9 +81,7 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
 
 def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that is not finite."""
-    if tensor.grid != "affine":
-        return _ct_float.pack(linear_name, tensor)
-    return (_ct_int8 if tensor.activations else _ct_pack).pack(linear_name, tensor)
+    return _keeper(tensor.grid, tensor.activations).pack(linear_name, tensor)
 
 
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
@@ -156,10 +154,14 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
 
 
 def _kept_by(scheme: Scheme) -> ModuleType:
+    return _keeper(scheme.grid, scheme.activations is not None)
+
+
+def _keeper(grid: str, activations: bool) -> ModuleType:
     """The file that knows how such a linear is stored."""
-    if scheme.grid != "affine":
+    if grid != "affine":
         return _ct_float
-    return _ct_int8 if scheme.activations else _ct_pack
+    return _ct_int8 if activations else _ct_pack
 
 
 def _form(scheme: Scheme) -> str:

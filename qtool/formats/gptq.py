@@ -31,6 +31,7 @@ from qtool.formats._stored import (
     packable,
     quantization_config,
     refuse,
+    refuse_odd,
     running_index,
     scheme_of,
     stored_linears,
@@ -60,11 +61,9 @@ LOADERS = (
 
 def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:
     """Why a linear [N, K] cannot be held, with the nearest that works; None when it can."""
-    rows, columns = shape
+    columns = shape[1]
     reason = refuse(NAME, scheme, linear_name, shape)
-    if reason is None and (rows % 32 or columns % 32):
-        reason = (f"{NAME} packs outputs and inputs by 32, but {linear_name} has {rows} outputs and {columns} inputs; "
-                  "nearest that works: --format compressed-tensors, which has no such limit")
+    reason = reason or refuse_odd(NAME, linear_name, shape)
     if reason is None and scheme.group_size != -1 and scheme.group_size not in GROUP_SIZES:
         nearest = max(size for size in GROUP_SIZES if size <= max(int(scheme.group_size), 16) and columns % size == 0)
         reason = (f"no program loads {NAME} files with group_size {scheme.group_size} ({linear_name}); nearest: "

@@ -25,10 +25,12 @@ class AbsmaxGrid(LevelGrid):
             importance: torch.Tensor | None = None, shrink_steps: int = 1, signed: bool = False,
             rounds: int = 0) -> QuantizedTensor:
         """As LevelGrid.fit; with double_quant scales are what their 8-bit codes stand for, and extra holds those."""
-        fitted = super().fit(weight, scheme, torch.float32, importance, shrink_steps, signed, rounds)
-        if shrink_steps == 1:  # a group of zeros has scale 0 there
-            runs = weight.reshape(weight.shape[0], -1, fitted.group_size)
-            fitted = replace(fitted, scale=runs.abs().amax(-1).float())
+        if shrink_steps == 1:  # as bitsandbytes: a group of zeros has scale 0
+            group = self.width(scheme, weight.shape[1])
+            absmax = weight.reshape(weight.shape[0], weight.shape[1] // group, group).abs().amax(-1)
+            fitted = self.fitted(absmax.float(), group)
+        else:
+            fitted = super().fit(weight, scheme, torch.float32, importance, shrink_steps, signed, rounds)
         if not scheme.double_quant:
             return fitted
         nested = nest(fitted.scale)

@@ -55,9 +55,12 @@ class LevelGrid:
         importance = torch.ones(columns, device=weight.device) if importance is None else importance
         levels, edges = self.levels.to(weight.device), self.edges.to(weight.device)
         scale = ops.fit_levels(weight, importance, group, levels, edges, dtype, shrink_steps, self.shrink, rounds)
-        kept = torch.float32 if dtype.itemsize == 1 else dtype
-        zero_point = torch.zeros(scale.shape, dtype=torch.uint8, device=weight.device)
-        return QuantizedTensor(NO_CODES, scale.to(kept), zero_point, self.bits, group, True, grid=self.name)
+        return self.fitted(scale.to(torch.float32 if dtype.itemsize == 1 else dtype), group)
+
+    def fitted(self, scale: torch.Tensor, group: int, codes: torch.Tensor = NO_CODES) -> QuantizedTensor:
+        """Scales [N, G], with the codes if there are any yet."""
+        return QuantizedTensor(codes, scale, torch.zeros_like(scale, dtype=torch.uint8), self.bits, group, True,
+                               grid=self.name)
 
     def encode(self, weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
         """Every weight [N, K] at the nearest level."""

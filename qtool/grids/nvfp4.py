@@ -28,18 +28,12 @@ def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importan
     """Local scales in E4M3 units over a global divisor, kept in extra["global_scale"] (float32 [1])."""
     largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
     whole = torch.where(largest > 0, RANGE / largest, 1.0).clamp(torch.finfo(torch.float32).tiny, 1e30).reshape(1)
-    found: tuple[float, QuantizedTensor] | None = None
+    candidates = []
     for part in GLOBALS if shrink_steps > 1 else GLOBALS[:1]:
         divisor = whole * part
         fitted = GRID.fit(weight * divisor, scheme, scale_dtype, importance, shrink_steps, signed, rounds)
-        fitted = replace(fitted, scale=fitted.scale / divisor, extra={"global_scale": divisor})
-        if shrink_steps == 1:
-            return fitted
-        error = _error(weight, fitted, importance)
-        if found is None or error < found[0]:
-            found = error, fitted
-    assert found is not None
-    return found[1]
+        candidates.append(replace(fitted, scale=fitted.scale / divisor, extra={"global_scale": divisor}))
+    return min(candidates, key=lambda one: _error(weight, one, importance) if len(candidates) > 1 else 0.0)
 
 
 def _error(weight: torch.Tensor, fitted: QuantizedTensor, importance: torch.Tensor | None) -> float:

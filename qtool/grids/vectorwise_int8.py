@@ -23,10 +23,7 @@ steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refi
 def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: torch.Tensor | None = None,
         shrink_steps: int = 1, signed: bool = False, rounds: int = 0) -> QuantizedTensor:
     """Always the absmax: that is what the type means."""
-    absmax = weight.half().abs().amax(1).float()
-    scale = (absmax / TOP)[:, None]
-    return QuantizedTensor(NO_CODES, scale, torch.zeros_like(scale, dtype=torch.uint8), 8, weight.shape[1], True,
-                           {"absmax": absmax}, "vectorwise-int8")
+    return _with_rows(NO_CODES, weight.half().abs().amax(1).float(), weight.shape[1])
 
 
 def encode(weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
@@ -35,3 +32,17 @@ def encode(weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
     inverse = torch.where(absmax != 0, TOP / absmax, 0.0)
     rounded = (weight.half().float() * inverse[:, None]).round().clamp(-TOP, TOP)
     return replace(fitted, codes=(rounded + ZERO).to(torch.uint8))
+
+
+def signed_codes(tensor: QuantizedTensor) -> torch.Tensor:
+    """int8 [N, K], as they are stored."""
+    return (tensor.codes.to(torch.int16) - ZERO).to(torch.int8)
+
+
+def from_signed(codes: torch.Tensor, absmax: torch.Tensor) -> QuantizedTensor:
+    """Of stored codes int8 [N, K], none of them -128, and the absmax of each row float32 [N]."""
+    return _with_rows((codes.to(torch.int16) + ZERO).to(torch.uint8), absmax, codes.shape[1])
+
+
+def _with_rows(codes: torch.Tensor, absmax: torch.Tensor, columns: int) -> QuantizedTensor:
+    return replace(GRID.fitted((absmax / TOP)[:, None], columns, codes), extra={"absmax": absmax})

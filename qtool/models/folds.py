@@ -8,7 +8,6 @@ looked up: random s, same output. Sources: AWQ (arXiv 2306.00978), SmoothQuant (
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from qtool.models.blocks import BlockArguments
-from qtool.models.statistics import AllSeen, InputWatch, run_block
+from qtool.models.statistics import InputWatch
 from qtool.models.streams import StreamStore
 
 FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
@@ -68,9 +67,7 @@ def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Blo
     try:
         with torch.inference_mode():
             for batch in batches:
-                watch.start()
-                with contextlib.suppress(AllSeen):
-                    run_block(block, arguments, index, store, batch, device, dtype)
+                watch.run(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
     groups: dict[str, list[str]] = {}

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.activations import mixed_product, round_tokens
+from qtool.activations import OUTLIER, mixed_product, round_tokens
+from qtool.grids import vectorwise_int8
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor
-
-OUTLIER = 6.0  # LLM.int8()'s threshold, as it stands in config.json
 
 
 class _Rounding:
@@ -46,8 +45,7 @@ def multiply_codes(model: nn.Module, linears: Mapping[str, QuantizedTensor]) -> 
     """From now on these linears, by path, compute as LLM.int8() does: outlier columns apart, the rest in integers."""
     for path, tensor in linears.items():
         module = model.get_submodule(path)
-        codes = (tensor.codes.to(torch.int16) - 127).to(torch.int8)
-        module.forward = _mixed(module, codes, tensor.extra["absmax"])  # type: ignore[method-assign]
+        module.forward = _mixed(module, vectorwise_int8.signed_codes(tensor), tensor.extra["absmax"])  # type: ignore[method-assign]
 
 
 def _mixed(module: nn.Module, codes: torch.Tensor, absmax: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

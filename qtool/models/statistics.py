@@ -27,7 +27,7 @@ MIN_EXPERT_TOKENS = 32
 EXPERT_COLUMNS_PER_TOKEN = 16  # an expert with fewer than K / 16 tokens has a Hessian of too low rank to be trusted
 
 
-class AllSeen(Exception):  # noqa: N818 - no error: every linear has received its input, the rest of the pass is not needed
+class _AllSeen(Exception):  # noqa: N818 - no error: every linear has received its input, the rest of the pass is not needed
     pass
 
 
@@ -60,10 +60,12 @@ class InputWatch:
         self._handles = [module.register_forward_pre_hook(self._hook(f"{prefix}.{path}"))
                          for path, module in block.named_modules() if f"{prefix}.{path}" in self._wanted]
 
-    def start(self) -> None:
-        """Begin a forward pass; it ends (AllSeen) as soon as every linear has its input."""
+    def run(self, *arguments: Any) -> None:
+        """One forward pass, run_block(*arguments); it ends as soon as every linear has its input."""
         self._seen.clear()
         self._inputs.clear()
+        with contextlib.suppress(_AllSeen):
+            run_block(*arguments)
 
     def remove(self) -> None:
         self._inputs.clear()
@@ -89,7 +91,7 @@ class InputWatch:
                     self.measure(name, x.reshape(-1, x.shape[-1]))
             self._seen.add(name)
             if self._all_seen():
-                raise AllSeen
+                raise _AllSeen
 
         return hook
 
@@ -130,9 +132,7 @@ def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Bl
                 # of linears that share an input, one is enough; who does is known after the first batch
                 leaders = sorted(set(watch.leaders.values())) or linears
                 clean = floats(batch, leaders) if floats is not None else {}
-                watch.start()
-                with contextlib.suppress(AllSeen):
-                    run_block(block, arguments, index, store, batch, device, dtype)
+                watch.run(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
     return _finish(groups, watch.leaders, linears, experts, device)
@@ -146,9 +146,7 @@ def inputs_of(block: nn.Module, prefix: str, linears: Sequence[str], arguments: 
     wanted = [name for name in linears if not name.startswith(experts)] if experts else linears
     watch = InputWatch(block, prefix, wanted, found.__setitem__)
     try:
-        with contextlib.suppress(AllSeen):
-            watch.start()
-            run_block(block, arguments, index, store, batch, device, dtype)
+        watch.run(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
     return found
