@@ -21,6 +21,11 @@ FOLDERS = (HERE / "recipes", HERE.parent / "recipes")  # an installed package; a
 MAX_RECIPE_BYTES = 1 << 20
 
 
+Strategy = Literal["tensor", "block"]
+Activations = Literal["token", "group", "tensor", "outliers"]
+RUN_TIME = {"token": "-dynamic", "group": "-dynamic", "tensor": "-static"}  # in labels
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,16 +33,19 @@ class Strict(BaseModel):
 class Scheme(Strict):
     """What is stored for one linear: the grid and its parameters. group_size -1 is one group per output row.
 
-    double_quant: scales in 8 bits too (nf4, fp4).  activations: how the linear's inputs are rounded at run time,
-    "token" by token, or with "outliers" left as they are (LLM.int8()).
+    strategy: rows that share scales too (fp8): one for the whole "tensor", or for a "block" of 128 x 128.
+    double_quant: scales in 8 bits too (nf4, fp4).  activations: how the linear's inputs are rounded at run time: with a
+    scale for each "token", for each "group" of 128 columns of a token, one calibrated scale for the "tensor", or with
+    "outliers" left as they are (LLM.int8()).
     """
 
     grid: str = "affine"
     bits: int = Field(4, ge=2, le=8)
     group_size: int | Literal["auto"] = 128
     symmetric: bool = True
+    strategy: Strategy | None = None
     double_quant: bool = False
-    activations: Literal["token", "outliers"] | None = None
+    activations: Activations | None = None
 
     @field_validator("group_size")
     @classmethod
@@ -55,10 +63,11 @@ class Scheme(Strict):
 def scheme_label(scheme: Mapping[str, Any]) -> str:
     """The label of a scheme as a manifest has it; keys that older manifests lack have their defaults."""
     group = {-1: "channel", "auto": "gauto"}.get(scheme["group_size"], f"g{scheme['group_size']}")
+    group = scheme.get("strategy") or group
     grid = scheme.get("grid", "affine")
     kind = f"{'int' if scheme['symmetric'] else 'uint'}{scheme['bits']}" if grid == "affine" else grid
     nested = "-dq" if scheme.get("double_quant") else ""
-    return f"{kind}-{group}{nested}{'-dynamic' if scheme.get('activations') == 'token' else ''}"
+    return f"{kind}-{group}{nested}{RUN_TIME.get(scheme.get('activations') or '', '')}"
 
 
 class Rule(Strict):
@@ -70,8 +79,9 @@ class Rule(Strict):
     group_size: int | Literal["auto"] | None = None
     symmetric: bool | None = None
     grid: str | None = None
+    strategy: Strategy | None = None
     double_quant: bool | None = None
-    activations: Literal["token", "outliers"] | None = None
+    activations: Activations | None = None
 
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.match)

@@ -48,6 +48,7 @@ class QuantizedTensor:
     everywhere when symmetric, not used by grids of levels.  G = K / group_size; group_size = K means one group per row
     (per-channel).  extra: what a grid keeps beside, about the whole matrix (a global scale, nested scales).
     activations: whether the inputs will be rounded too, which some formats store in another way.
+    strategy: what rows share scales, which stay as they were fitted then: "tensor", all; "block", 128; None, none.
     """
 
     codes: torch.Tensor
@@ -59,6 +60,7 @@ class QuantizedTensor:
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
     grid: str = "affine"
     activations: bool = False
+    strategy: str | None = None
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The quantized rows start .. stop, as when q, k and v were solved as one stacked matrix."""
@@ -77,6 +79,7 @@ class QuantizedTensor:
                        extra={name: tensor.to(device) for name, tensor in self.extra.items()})
 
 
+INPUT_SCALE = "input_scale"  # in extra: the one scale of a linear's inputs, where that is calibrated, [1]
 NO_CODES = torch.empty(0, 0, dtype=torch.uint8)  # of a grid that has been fitted, before codes are chosen
 
 

@@ -19,6 +19,7 @@ from tests.test_methods import loss, problem
 SCHEMES = {
     "nf4": Scheme(grid="nf4", group_size=64), "nf4-dq": Scheme(grid="nf4", group_size=64, double_quant=True),
     "fp4": Scheme(grid="fp4", group_size=64), "fp8": Scheme(grid="fp8", bits=8, group_size=-1),
+    "fp8-tensor": Scheme(grid="fp8", bits=8, group_size=-1, strategy="tensor"),
     "mxfp4": Scheme(grid="mxfp4", group_size=32), "nvfp4": Scheme(grid="nvfp4", group_size=16),
 }
 
@@ -126,6 +127,26 @@ def test_scales_are_what_their_types_hold() -> None:
     assert nvfp4.fit(torch.zeros(2, 32), SCHEMES["nvfp4"], torch.bfloat16).scale.isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [1, 8])
+def test_rows_share_the_scales_of_fp8(steps: int) -> None:
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
+    weight[:128, 128:256] *= 100
+    weight[128:, :128] = 0
+    for strategy, group, high, wide in (("tensor", -1, 256, 384), ("block", 128, 128, 128)):
+        scheme = Scheme(grid="fp8", bits=8, group_size=group, strategy=strategy)
+        fitted = fp8.fit(weight, scheme, torch.float32, None, steps)
+        for row in range(0, 256, high):
+            for index in range(384 // wide):
+                cell = weight[row:row + high, index * wide:(index + 1) * wide]
+                scale = fitted.scale[row:row + high, index]
+                assert (scale == scale[0]).all()
+                least = float(cell.abs().max()) / 448 or 1.0
+                assert least * 0.999 <= float(scale[0]) <= least * (2 if steps > 1 else 1.001)
+        off = (weight - fp8.decode(fp8.encode(weight, fitted))).abs()
+        # half a step of the mantissa, or of the smallest numbers there are
+        assert (off <= torch.maximum(weight.abs() / 16, fitted.scale.repeat_interleave(wide, 1) / 1024) * 1.001).all()
+
+
 def test_double_quantization_keeps_the_scales() -> None:
     scale = torch.rand(40, 16) * 0.1 + 0.01
     nested = _absmax.nest(scale)
@@ -140,6 +161,8 @@ def test_double_quantization_keeps_the_scales() -> None:
     (Scheme(grid="fp8", bits=8, group_size=-1, symmetric=False), "no zero points"),
     (Scheme(grid="mxfp4", group_size=64), "groups of 32, not 64"),
     (Scheme(grid="nvfp4", group_size=-1), "groups of 16, not -1"),
+    (Scheme(strategy="tensor"), "leave strategy out"), (Scheme(grid="nf4", group_size=64, strategy="block"), "for fp8"),
+    (Scheme(grid="fp8", bits=8, group_size=-1, strategy="block"), "goes with group_size 128, not -1"),
     (Scheme(double_quant=True), "leave --double-quant out"),
     (Scheme(grid="fp8", bits=8, group_size=-1, double_quant=True), "leave --double-quant out"),
 ])

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "kernels.h"
@@ -20,6 +21,16 @@ void run(const torch::stable::Tensor&, Kernel kernel, int64_t rows, Arguments...
   torch::stable::parallel_for(0, (rows + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
     kernel(arguments..., begin * kGrain, end * kGrain < rows ? end * kGrain : rows);
   });
+}
+
+// Whether these are FP8's levels: -448 .. 448, with three bits of mantissa.
+bool is_e4m3(const float* values, int64_t count) {
+  if (count != 253) return false;
+  for (int code = 0; code < 127; ++code) {
+    const float level = code < 8 ? std::ldexp((float)code, -9) : std::ldexp((float)(8 + code % 8), code / 8 - 10);
+    if (values[126 + code] != level || values[126 - code] != -level) return false;
+  }
+  return true;
 }
 
 }  // namespace

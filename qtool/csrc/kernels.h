@@ -22,6 +22,7 @@ struct FitOptions {
 struct Levels {
   const float *values, *edges;  // [count], [count - 1]
   int64_t count;
+  bool e4m3;  // they are FP8's: found by arithmetic instead of a search
 };
 
 struct LevelFitOptions {

@@ -1,7 +1,7 @@
 """compressed-tensors' floating-point weights: FP8 (float-quantized), FP4 in groups (nvfp4- and mxfp4-pack-quantized).
 
 Per linear P of shape [N, K]:
-    FP8     P.weight float8_e4m3fn [N, K];  P.weight_scale model dtype [N, 1] ([1] in files of others)
+    FP8     P.weight float8_e4m3fn [N, K];  P.weight_scale model dtype [N, 1], [1] or [N / 128, K / 128]
     NVFP4   P.weight_packed uint8 [N, K / 2], low nibble first;  P.weight_scale float8_e4m3fn [N, K / 16];
             P.weight_global_scale float32 [1], a divisor
     MXFP4   P.weight_packed likewise;  P.weight_scale uint8 [N, K / 32], the exponent of a power of two plus 127
@@ -18,14 +18,13 @@ import torch
 
 from qtool import found
 from qtool.errors import CheckpointError, NumericalError
-from qtool.formats._stored import Read, expect, nearest_group, per_row
+from qtool.formats._small_floats import every_row, from_bits, once, refuse_blocks, shared_shape, to_bits
+from qtool.formats._stored import Read, expect, nearest_group
 from qtool.recipe import Scheme
-from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
+from qtool.tensors import QuantizedTensor, TensorSpec
 
 FORMS = {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 GROUPS = {"fp8": -1, "nvfp4": 16, "mxfp4": 32}
-ZERO = {"fp8": 126, "nvfp4": 7, "mxfp4": 7}  # the code that stands for zero: as many levels below as above
-SIGN = {"fp8": 0x80, "nvfp4": 8, "mxfp4": 8}
 EXPONENT_BIAS = 127
 
 
@@ -34,12 +33,16 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     if scheme.grid not in FORMS:
         return (f"compressed-tensors does not hold the {scheme.grid} grid of {linear_name}; "
                 "nearest: --format bitsandbytes")
-    if scheme.group_size != GROUPS[scheme.grid]:
+    if scheme.strategy is None and scheme.group_size != GROUPS[scheme.grid]:
         return (f"compressed-tensors holds {scheme.grid} with group size {GROUPS[scheme.grid]}, not the "
                 f"{scheme.group_size} of {linear_name}; nearest: --group-size {GROUPS[scheme.grid]}")
     if scheme.activations and scheme.grid != "fp8":
-        return (f"activations: token is written beside fp8 or 8-bit integer weights, not the {scheme.grid} of "
-                f"{linear_name}; leave it out")
+        return (f"activations: {scheme.activations} is written beside fp8 or 8-bit integer weights, not the "
+                f"{scheme.grid} of {linear_name}; leave it out")
+    if scheme.activations == "group" and scheme.strategy != "block":
+        return f"activations: group goes with strategy: block, which {linear_name} has not; nearest: activations: token"
+    if scheme.strategy == "block":
+        return refuse_blocks("compressed-tensors", linear_name, shape)
     size = int(scheme.group_size)
     if size != -1 and shape[1] % size:
         return (f"group_size {size} of {scheme.grid} does not divide the {shape[1]} input columns of {linear_name}; "
@@ -52,7 +55,7 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
     rows, columns = shape
     if scheme.grid == "fp8":
         return [TensorSpec(f"{linear_name}.weight", torch.float8_e4m3fn, (rows, columns)),
-                TensorSpec(f"{linear_name}.weight_scale", model_dtype, (rows, 1))]
+                TensorSpec(f"{linear_name}.weight_scale", model_dtype, shared_shape(scheme, shape))]
     kind = torch.float8_e4m3fn if scheme.grid == "nvfp4" else torch.uint8
     specs = [TensorSpec(f"{linear_name}.weight_packed", torch.uint8, (rows, columns // 2)),
              TensorSpec(f"{linear_name}.weight_scale", kind, (rows, columns // GROUPS[scheme.grid]))]
@@ -65,10 +68,10 @@ def pack(linear_name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that is not finite."""
     if not bool(torch.isfinite(tensor.scale).all()):
         raise NumericalError(f"{linear_name}: a scale is not finite; leave this linear unquantized with a rule")
-    offset = tensor.codes.to(torch.int16) - ZERO[tensor.grid]
-    bits = (offset.abs() | torch.where(offset < 0, SIGN[tensor.grid], 0)).to(torch.uint8)
+    bits = to_bits(tensor)
     if tensor.grid == "fp8":
-        return {f"{linear_name}.weight": bits.view(torch.float8_e4m3fn), f"{linear_name}.weight_scale": tensor.scale}
+        return {f"{linear_name}.weight": bits.view(torch.float8_e4m3fn),
+                f"{linear_name}.weight_scale": once(tensor.scale, tensor.strategy)}
     tensors = {f"{linear_name}.weight_packed": bits[:, ::2] | bits[:, 1::2] << 4}
     if tensor.grid == "nvfp4":
         grid = found.load("grids", "nvfp4")
@@ -83,8 +86,10 @@ def pack(linear_name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
 def weights(scheme: Scheme) -> dict[str, Any]:
     """What a config group says of the weights."""
     common = {"num_bits": scheme.bits, "type": "float", "symmetric": True}
+    if scheme.strategy == "block":
+        return {**common, "group_size": None, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
     if scheme.grid == "fp8":
-        return {**common, "group_size": None, "strategy": "channel", "dynamic": False}
+        return {**common, "group_size": None, "strategy": scheme.strategy or "channel", "dynamic": False}
     if scheme.grid == "nvfp4":
         return {**common, "group_size": 16, "strategy": "tensor_group", "dynamic": False,
                 "scale_dtype": "torch.float8_e4m3fn"}
@@ -96,18 +101,21 @@ def scheme(linear_name: str, said: Mapping[str, Any], specs: Mapping[str, Tensor
     """Scheme and [N, K] of a linear, from what its config group says of the weights and from the headers."""
     kind = said.get("type"), said.get("num_bits"), said.get("strategy"), said.get("group_size")
     known: dict[tuple[Any, ...], str] = {
-        ("float", 8, "channel", None): "fp8", ("float", 8, "tensor", None): "fp8",
+        ("float", 8, "channel", None): "fp8", ("float", 8, "tensor", None): "fp8", ("float", 8, "block", None): "fp8",
         ("float", 4, "tensor_group", 16): "nvfp4", ("float", 4, "group", 32): "mxfp4"}
     grid = known.get(kind)
-    if grid is None:
+    blocks = said.get("block_structure")
+    if grid is None or (kind[2] == "block" and list(blocks if isinstance(blocks, list) else []) != [128, 128]):
         raise CheckpointError(f"{linear_name}: weights of type {kind[0]}, {kind[1]} bits, strategy {kind[2]}, group "
-                              f"size {kind[3]} are not read; start from the unquantized model")
+                              f"size {kind[3]}, blocks {blocks} are not read; start from the unquantized model")
     lead = specs[f"{linear_name}.{'weight' if grid == 'fp8' else 'weight_packed'}"].shape
     if len(lead) != 2:
         raise CheckpointError(f"{linear_name}: its weights have shape {list(lead)}, not two dimensions")
     bits = 8 if grid == "fp8" else 4
     shape = lead[0], lead[1] * (1 if grid == "fp8" else 2)
-    return Scheme(grid=grid, bits=bits, group_size=GROUPS[grid]), shape
+    if kind[2] == "channel" or grid != "fp8":
+        return Scheme(grid=grid, bits=bits, group_size=GROUPS[grid]), shape
+    return Scheme(grid=grid, bits=bits, group_size=128 if kind[2] == "block" else -1, strategy=kind[2]), shape
 
 
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], foreign: bool) -> QuantizedTensor:
@@ -119,21 +127,16 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     if scheme.grid == "fp8":
         stored = read(f"{linear_name}.weight")
         bits = expect(f"{linear_name}.weight", stored, (torch.float8_e4m3fn,), shape).view(torch.uint8)
-        scale = per_row(scale, rows)
-        expect(where, scale, FLOATING, (rows, 1))
+        scale = every_row(where, scale, scheme, shape)
     else:
         packed = read(f"{linear_name}.weight_packed")
         packed = expect(f"{linear_name}.weight_packed", packed, (torch.uint8,), (rows, columns // 2))
         bits = torch.stack((packed & 15, packed >> 4), -1).reshape(rows, columns)
         scale, extra = _group_scales(linear_name, read, scheme.grid, scale, (rows, columns // GROUPS[scheme.grid]))
-    sign = SIGN[scheme.grid]
-    size = (bits & (sign - 1)).to(torch.int16)
-    if int(size.max() if size.numel() else 0) > ZERO[scheme.grid]:
-        raise CheckpointError(f"{linear_name}.weight holds NaN; the file is damaged, fetch it again")
-    codes = (ZERO[scheme.grid] + torch.where(bits >= sign, -size, size)).to(torch.uint8)
+    codes = from_bits(linear_name, bits, scheme.grid)
     group = columns if scheme.group_size == -1 else int(scheme.group_size)
     return QuantizedTensor(codes, scale.contiguous(), torch.zeros(scale.shape, dtype=torch.uint8), scheme.bits, group,
-                           True, extra, scheme.grid)
+                           True, extra, scheme.grid, strategy=scheme.strategy)
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], foreign: bool) -> torch.Tensor:

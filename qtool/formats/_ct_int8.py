@@ -28,6 +28,8 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     if (scheme.bits, scheme.group_size, scheme.symmetric) != (8, -1, True):
         return (f"compressed-tensors rounds inputs only beside symmetric 8-bit weights with one scale per channel, not "
                 f"the {scheme.label} of {linear_name}; nearest: --bits 8 --group-size -1 --symmetric")
+    if scheme.activations == "group":
+        return f"activations: group goes with blocks of fp8, not with {linear_name}; nearest: activations: token"
     return None
 
 

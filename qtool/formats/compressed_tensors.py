@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 
 from qtool.errors import CheckpointError
 from qtool.formats import _ct_float, _ct_int8, _ct_pack
-from qtool.formats._stored import Read, quantization_config, stored_linears
+from qtool.formats._stored import Read, expect, quantization_config, stored_linears
 from qtool.formats._targets import fused_conflicts, patterns
 from qtool.recipe import Scheme
-from qtool.tensors import QuantizedTensor, TensorSpec
+from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec
 
 __all__ = [
     "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files", "fused_conflicts",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 NAME = "compressed-tensors"
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
-            "weight_global_scale")
+            "weight_global_scale", "input_scale")
 FORMS = {"pack-quantized": _ct_pack, "int-quantized": _ct_int8, "float-quantized": _ct_float,
          "naive-quantized": _ct_float, "nvfp4-pack-quantized": _ct_float, "mxfp4-pack-quantized": _ct_float}
 LOADERS = (
@@ -76,12 +77,17 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype: torch.dtype) -> list[TensorSpec]:
     """Names, dtypes and shapes of the tensors of one linear [N, K]."""
-    return _kept_by(scheme).layout(linear_name, shape, scheme, model_dtype)
+    specs: list[TensorSpec] = _kept_by(scheme).layout(linear_name, shape, scheme, model_dtype)
+    static = [TensorSpec(f"{linear_name}.{INPUT_SCALE}", model_dtype, (1,))] if scheme.activations == "tensor" else []
+    return specs + static
 
 
 def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that is not finite."""
-    return _keeper(tensor.grid, tensor.activations).pack(linear_name, tensor)
+    tensors: dict[str, torch.Tensor] = _keeper(tensor.grid, tensor.activations).pack(linear_name, tensor)
+    if INPUT_SCALE in tensor.extra:
+        tensors[f"{linear_name}.{INPUT_SCALE}"] = tensor.extra[INPUT_SCALE]
+    return tensors
 
 
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
@@ -90,7 +96,14 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
 
     `config`: the config.json they came with, when another program may have written them.
     """
-    return _kept_by(scheme).unpack(linear_name, read, scheme, shape, config is not None)
+    tensor: QuantizedTensor = _kept_by(scheme).unpack(linear_name, read, scheme, shape, config is not None)
+    if scheme.activations != "tensor":
+        return tensor
+    where = f"{linear_name}.{INPUT_SCALE}"
+    scale = expect(where, read(where).reshape(-1), FLOATING, (1,))
+    if not 0 < float(scale) < float("inf"):
+        raise CheckpointError(f"{where} is {float(scale)}, not a positive number; the file is damaged")
+    return replace(tensor, extra={**tensor.extra, INPUT_SCALE: scale})
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
@@ -145,7 +158,7 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
             raise CheckpointError(f"{name} has a weight_scale but no {_lead(form)} tensor, though config.json says "
                                   f"{form}; the checkpoint is damaged or of a kind that is not read")
         scheme, shape = FORMS[form].scheme(name, weights, specs, read)
-        found[name] = scheme.model_copy(update={"activations": "token" if inputs else None}), shape
+        found[name] = scheme.model_copy(update={"activations": inputs}), shape
     lost = [name for name in stored_linears(specs, "weight_packed") if name not in found]
     if lost or not found:
         raise CheckpointError(f"{lost[0] if lost else 'the checkpoint'} has no weight_scale tensor: it is not stored "
@@ -173,15 +186,29 @@ def _lead(form: str) -> str:
 
 
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
-    """What a config group says of the inputs: rounded per token at run time, to the type of the weights."""
+    """What a config group says of the inputs: rounded to the type of the weights."""
     if scheme.activations is None:
         return None
     kind = "int" if scheme.grid == "affine" else "float"
-    return {"num_bits": scheme.bits, "type": kind, "symmetric": True, "group_size": None, "strategy": "token",
-            "dynamic": True}
+    return {"num_bits": scheme.bits, "type": kind, "symmetric": True,
+            "group_size": 128 if scheme.activations == "group" else None, "strategy": scheme.activations,
+            "dynamic": scheme.activations != "tensor"}
 
 
-Group = tuple[list[str], str, Mapping[str, Any], Mapping[str, Any] | None]
+def _activations(where: str, inputs: Any) -> str | None:
+    """What a Scheme calls this; CheckpointError for a way of rounding that is not read."""
+    if inputs is None:
+        return None
+    said = inputs if isinstance(inputs, Mapping) else {}
+    kind = said.get("strategy"), said.get("dynamic"), said.get("group_size")
+    known = {("token", True, None): "token", ("group", True, 128): "group", ("tensor", False, None): "tensor"}
+    if kind not in known or said.get("num_bits") != 8 or said.get("symmetric", True) is not True:
+        raise CheckpointError(f"{where} rounds its inputs in a way that is not read (read: 8 bits, symmetric, dynamic "
+                              "per token or per group of 128, or static per tensor); start from the unquantized model")
+    return known[kind]
+
+
+Group = tuple[list[str], str, Mapping[str, Any], str | None]
 
 
 def _groups(quantization: Mapping[str, Any]) -> list[Group]:
@@ -191,21 +218,17 @@ def _groups(quantization: Mapping[str, Any]) -> list[Group]:
     for name, group in (groups.items() if isinstance(groups, Mapping) else ()):
         weights = group.get("weights") if isinstance(group, Mapping) else None
         form = (group.get("format") if isinstance(group, Mapping) else None) or quantization.get("format")
-        inputs = group.get("input_activations") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping) or form not in FORMS:
             raise CheckpointError(f"config.json: quantization_config.config_groups.{name} is stored as {form!r}, which "
                                   f"is not read (read: {', '.join(FORMS)}); start from the unquantized model")
-        if inputs is not None and not (isinstance(inputs, Mapping) and inputs.get("dynamic") is True
-                                       and inputs.get("strategy") == "token"):
-            raise CheckpointError(f"config.json: quantization_config.config_groups.{name} rounds its inputs otherwise "
-                                  "than per token at run time, which is not read; start from the unquantized model")
+        inputs = _activations(f"config.json: quantization_config.config_groups.{name}", group.get("input_activations"))
         found.append(([str(target) for target in group.get("targets") or ()], str(form), weights, inputs))
     if not found:
         raise CheckpointError("config.json: quantization_config has no config_groups, so bits and groups are not known")
     return found
 
 
-def _group_of(linear_name: str, groups: Sequence[Group]) -> tuple[str, Mapping[str, Any], Mapping[str, Any] | None]:
+def _group_of(linear_name: str, groups: Sequence[Group]) -> tuple[str, Mapping[str, Any], str | None]:
     """The group of a linear: by exact name, then by regular expression, then by class, as the library looks them up."""
     ranked = [(_rank(linear_name, group[0]), group) for group in groups]
     best = min(rank for rank, _ in ranked)

@@ -16,7 +16,8 @@ class LevelGrid:
     """levels: float32 [L], ascending.  edges: float32 [L - 1], above edge i a quotient becomes level i + 1.
 
     groups: the group sizes that there are (empty: any).  scale_dtype: of the scales, None for the format's.
-    shrink: the smallest part of the range that a search tries.  nests: its scales may be kept in 8 bits.
+    shrink: the other end of the range that a search tries, in units of the absmax.  nests: its scales may be kept in
+    8 bits.  shares: rows may share scales.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LevelGrid:
     scale_dtype: torch.dtype | None = None
     shrink: float = 0.5
     nests: bool = False
+    shares: bool = False
 
     def check(self, scheme: Scheme) -> str | None:
         """Why the scheme cannot be this grid, or None."""
@@ -37,6 +39,8 @@ class LevelGrid:
                     "fp4)")
         if not scheme.symmetric:
             return f"the {self.name} grid has no zero points; leave --asymmetric out"
+        if scheme.strategy and not self.shares:
+            return shared_refusal(self.name)
         if self.groups and scheme.group_size not in self.groups:
             sizes = ", ".join("-1 (per channel)" if size == -1 else str(size) for size in self.groups)
             return f"the {self.name} grid has groups of {sizes}, not {scheme.group_size}"
@@ -57,10 +61,11 @@ class LevelGrid:
         scale = ops.fit_levels(weight, importance, group, levels, edges, dtype, shrink_steps, self.shrink, rounds)
         return self.fitted(scale.to(torch.float32 if dtype.itemsize == 1 else dtype), group)
 
-    def fitted(self, scale: torch.Tensor, group: int, codes: torch.Tensor = NO_CODES) -> QuantizedTensor:
+    def fitted(self, scale: torch.Tensor, group: int, codes: torch.Tensor = NO_CODES,
+               strategy: str | None = None) -> QuantizedTensor:
         """Scales [N, G], with the codes if there are any yet."""
         return QuantizedTensor(codes, scale, torch.zeros_like(scale, dtype=torch.uint8), self.bits, group, True,
-                               grid=self.name)
+                               grid=self.name, strategy=strategy)
 
     def encode(self, weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
         """Every weight [N, K] at the nearest level."""
@@ -88,6 +93,11 @@ class LevelGrid:
         """See ops.refine_columns."""
         levels, edges = self.levels.to(gradient.device), self.edges.to(gradient.device)
         return ops.refine_levels(gradient, hessian, part.codes, part.scale.float(), levels, edges, group_index)
+
+
+def shared_refusal(name: str) -> str:
+    """Of a strategy, on a grid that has none."""
+    return f"the {name} grid has scales per channel or group; leave strategy out (tensor and block are for fp8)"
 
 
 def midpoints(levels: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from qtool import ops
+from qtool.grids._levels import shared_refusal
 from qtool.recipe import Scheme
 from qtool.tensors import NO_CODES, QuantizedTensor
 
@@ -22,6 +23,8 @@ def check(scheme: Scheme) -> str | None:
     """Why the scheme cannot be an affine grid, or None."""
     if scheme.double_quant:
         return "affine grids keep their scales as they are; leave --double-quant out (it is for nf4 and fp4)"
+    if scheme.strategy:
+        return shared_refusal("affine")
     return None if 2 <= scheme.bits <= 8 else f"affine grids have 2 to 8 bits, not {scheme.bits}"
 
 

@@ -40,8 +40,9 @@ def run(layer: Layer, options: Options) -> Layer:
     hessian = damped(layer.stats.hessian, options.damping, options.damping_mode)
     grid, answer = found.load("grids", layer.scheme.grid), layer.quantized
     error = (layer.target - grid.decode(answer)) @ hessian
+    free = options.scales and grid.FREE_SCALES and answer.strategy is None
     for _ in range(options.sweeps):
-        answer = sweep(grid, answer, error, hessian, options.block, options.scales and grid.FREE_SCALES)
+        answer = sweep(grid, answer, error, hessian, options.block, free)
     return layer.having(quantized=answer)
 
 

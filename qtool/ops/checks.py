@@ -66,7 +66,7 @@ def fit_levels(weight: torch.Tensor, importance: torch.Tensor, values: torch.Ten
     require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
             f"importance {shape(importance)} for weight {shape(weight)}")
     between("scale_type", scale_type, 0, len(SCALE_TYPES) - 1)
-    require(steps >= 1 and rounds >= 0 and 0 < shrink_min <= 1 and top > 0,
+    require(steps >= 1 and rounds >= 0 and 0 < shrink_min <= 2 and top > 0,
             f"shrink_steps {steps}, rounds {rounds}, shrink_min {shrink_min}, top {top}")
     levels(values, edges)
     one_device(weight, importance, values, edges)

@@ -21,6 +21,9 @@ CT, BNB = "compressed-tensors", "bitsandbytes"
 SCHEMES = {
     "fp8": (CT, Scheme(grid="fp8", bits=8, group_size=-1)),
     "fp8-dynamic": (CT, Scheme(grid="fp8", bits=8, group_size=-1, activations="token")),
+    "fp8-tensor": (CT, Scheme(grid="fp8", bits=8, group_size=-1, strategy="tensor", activations="token")),
+    "fp8-block": (CT, Scheme(grid="fp8", bits=8, group_size=128, strategy="block", activations="group")),
+    "deepseek": ("fp8", Scheme(grid="fp8", bits=8, group_size=128, strategy="block", activations="group")),
     "w8a8": (CT, Scheme(bits=8, group_size=-1, activations="token")),
     "mxfp4": (CT, Scheme(grid="mxfp4", group_size=32)), "nvfp4": (CT, Scheme(grid="nvfp4", group_size=16)),
     "nf4": (BNB, Scheme(grid="nf4", group_size=64)), "fp4": (BNB, Scheme(grid="fp4", group_size=32)),
@@ -46,6 +49,8 @@ def answer(scheme: Scheme, weight: torch.Tensor, format_name: str) -> Any:
 def test_unpack_is_the_inverse_of_pack(name: str, rows: int, groups: int, dtype: torch.dtype, seed: int) -> None:
     format_name, scheme = SCHEMES[name]
     module, shape = formats.load(format_name), (rows, groups * 64)
+    if scheme.strategy == "block":
+        shape = (128 * (1 + rows % 3), groups * 128)
     assert module.check(scheme, NAME, shape) is None
     tensor = answer(scheme, weights(*shape, dtype, seed), format_name)
     packed = module.pack(NAME, tensor, dtype)
@@ -64,6 +69,8 @@ def test_unpack_is_the_inverse_of_pack(name: str, rows: int, groups: int, dtype:
 
 
 LIBRARY = {"fp8": ("naive_quantized.base", "NaiveQuantizationCompressor"),
+           "fp8-tensor": ("naive_quantized.base", "NaiveQuantizationCompressor"),
+           "fp8-block": ("naive_quantized.base", "NaiveQuantizationCompressor"),
            "w8a8": ("naive_quantized.base", "NaiveQuantizationCompressor"),
            "nvfp4": ("nvfp4.base", "NVFP4PackedCompressor"), "mxfp4": ("mxfp4.base", "MXFP4PackedCompressor")}
 
@@ -74,7 +81,7 @@ def test_compressed_tensors_decompresses_the_same_values(name: str) -> None:
     file, cls = LIBRARY[name]
     compressor = getattr(importlib.import_module(f"compressed_tensors.compressors.{file}"), cls)
     _, scheme = SCHEMES[name]
-    weight = weights(48, 128, torch.bfloat16)
+    weight = weights(256, 384, torch.bfloat16)
     tensor = answer(scheme, weight, CT)
     module = formats.load(CT)
     state = {key.removeprefix(f"{NAME}."): value for key, value in module.pack(NAME, tensor).items()}
@@ -148,6 +155,11 @@ def test_a_nan_in_fp8_is_named() -> None:
     (CT, Scheme(grid="mxfp4", group_size=32, activations="token"), "leave it out"),
     (BNB, Scheme(grid="nf4", group_size=128), "does not divide the 96"),
     (CT, Scheme(grid="fp8", bits=8, group_size=32), "nearest: --group-size -1"),
+    (CT, Scheme(grid="fp8", bits=8, group_size=-1, activations="group"), "nearest: activations: token"),
+    (CT, Scheme(bits=8, group_size=-1, activations="group"), "nearest: activations: token"),
+    (CT, Scheme(grid="fp8", bits=8, group_size=128, strategy="block"), "multiples of 128"),
+    ("fp8", Scheme(grid="fp8", bits=8, group_size=128, strategy="block", activations="group"), "multiples of 128"),
+    ("fp8", Scheme(grid="fp8", bits=8, group_size=-1), "--method fp8-block"),
     ("gptq", Scheme(grid="fp8", bits=8, group_size=-1), "not the fp8 grid"),
 ])
 def test_refusals(name: str, scheme: Scheme, words: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qtool.grids import fp8
+
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -40,7 +42,9 @@ def grid(rows: int, groups: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def levels(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending levels of uneven distances, one of them zero, and the edges halfway between them."""
+    """Ascending levels of uneven distances, one of them zero, and the edges halfway between them; 253 are FP8's."""
+    if count == 253:
+        return fp8.GRID.levels, fp8.GRID.edges
     values = torch.randn(count, generator=generator(11)).sort().values
     values[count // 2] = 0
     values = values.sort().values

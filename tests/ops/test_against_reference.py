@@ -97,7 +97,7 @@ def test_refine_columns(device: str, rows: int, columns: int, groups: int, bits:
         assert not actual[1][:, [0, -1]].any()
 
 
-LEVELS = st.sampled_from([2, 3, 15, 16, 17, 253, 256])
+LEVELS = st.sampled_from([2, 3, 15, 16, 17, 253, 256])  # 253: FP8's, which are found by arithmetic
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -135,6 +135,19 @@ def test_round_and_dequantize_levels(device: str, dtype: torch.dtype, rows: int,
     assert cases.same(codes, reference_levels.round_levels(weight.float(), scale, values, edges, group))
     found = ops.dequantize_levels(codes, scale.to(device), values.to(device), group)
     assert cases.same(found, reference_levels.dequantize_levels(codes.cpu(), scale, values, group))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_every_edge_and_level_of_fp8(device: str) -> None:
+    levels, edges = cases.levels(253)
+    points = torch.cat([levels, edges, edges.nextafter(torch.tensor(torch.inf)), torch.tensor(
+        [torch.inf, -torch.inf, torch.nan, -0.0, 1e-30, -1e-30, 448.1, 464.0, 1e9, -1e9])])
+    weight = torch.cat([points, -points])[None]
+    codes = ops.round_levels(weight.to(device), torch.ones(1, 1, device=device), levels.to(device), edges.to(device),
+                             weight.shape[1]).cpu()
+    assert torch.equal(codes, reference_levels.round_levels(weight, torch.ones(1, 1), levels, edges, weight.shape[1]))
+    known = weight.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(levels[codes.long()][~weight.isnan()], known[~weight.isnan()])
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

@@ -38,7 +38,8 @@ class LevelFitOptions(ctypes.Structure):
 class Levels(ctypes.Structure):
     """Passed by value. The tensors must outlive the call."""
 
-    _fields_ = [("values", ctypes.c_void_p), ("edges", ctypes.c_void_p), ("count", ctypes.c_int64)]
+    _fields_ = [("values", ctypes.c_void_p), ("edges", ctypes.c_void_p), ("count", ctypes.c_int64),
+                ("e4m3", ctypes.c_bool)]
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def everything(rows: int, columns: int, group: int, bits: int) -> list[torch.Ten
         packed = [ops.pack_bits(codes, bits), ops.pack_bits(codes, bits, True)]
         results += [scale, zero, codes, ops.dequantize_affine(codes, scale, zero, group), *solved, *refined, *packed,
                     ops.unpack_bits(packed[0], bits, columns), ops.unpack_bits(packed[1], bits, rows, True)]
-    for count, dtype in ((16, torch.float8_e4m3fn), (253, torch.float8_e8m0fnu)):
+    for count, dtype in ((16, torch.float8_e4m3fn), (253, torch.bfloat16), (255, torch.float8_e8m0fnu)):
         levels, edges = cases.levels(count)
         scale = ops.fit_levels(weight, weighting, group, levels, edges, dtype, 7)
         codes = ops.round_levels(weight, scale, levels, edges, group)
