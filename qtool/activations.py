@@ -8,19 +8,45 @@ from qtool.recipe import Scheme
 
 INT8_STEPS = 127.5  # compressed-tensors' half range; codes are still clamped to -128 .. 127
 FP8_TOP = 448.0
+GROUP = 128  # columns of a token that share a scale beside weights in blocks
+CLIPPED = tuple(1 - step / 20 for step in range(16))  # parts of the range that a static scale of integers tries
 OUTLIER = 6.0  # LLM.int8(): a column with an input this large is multiplied in floating point
 
 
-def round_tokens(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """x [..., K] as an engine sees it: scale = absmax of the token over the half range, values at the nearest code."""
-    top = INT8_STEPS if scheme.grid == "affine" else FP8_TOP
-    scale = x.abs().amax(-1, keepdim=True).float() / top
+def round_inputs(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] as an engine sees it: values at the nearest code times a scale, which is the absmax of the token, or
+    of each 128 columns of it, over the top; or `static` [1], where the scheme's activations say "tensor"."""
+    if scheme.activations == "group":
+        return _rounded(x.unflatten(-1, (-1, GROUP)), scheme, None).flatten(-2)
+    return _rounded(x, scheme, static if scheme.activations == "tensor" else None)
+
+
+def _rounded(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True).float() / _top(scheme) if static is None else static.float()
     scaled = x / torch.where(scale == 0, 1.0, scale)
     if scheme.grid == "affine":
         codes = scaled.round().clamp(-128, 127)
     else:
         codes = scaled.clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).float()
     return (codes * scale).to(x.dtype)
+
+
+def static_scale(largest: torch.Tensor, sample: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+    """The one scale [1] in `dtype` of inputs with this largest |x| (any shape), of which `sample` [T, K] are some.
+
+    FP8 covers the whole range. Of integers, whose steps are all of one size, the range with the least squared error.
+    """
+    whole = (largest.max().float() / _top(scheme)).clamp_min(torch.finfo(torch.float16).tiny).reshape(1)
+    if scheme.grid != "affine":
+        return whole.to(dtype)
+    tried = [(whole * part).to(dtype) for part in CLIPPED]
+    fixed = scheme.model_copy(update={"activations": "tensor"})
+    errors = [(round_inputs(sample, fixed, scale) - sample).square().sum(dtype=torch.float64) for scale in tried]
+    return tried[int(torch.stack(errors).argmin())]
+
+
+def _top(scheme: Scheme) -> float:
+    return INT8_STEPS if scheme.grid == "affine" else FP8_TOP
 
 
 def mixed_product(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, threshold: float) -> torch.Tensor:

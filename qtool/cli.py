@@ -52,8 +52,8 @@ Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (au
 DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
 Method = Annotated[str | None, _recipe_option(
-    "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, fp8, nf4, fp4, "
-    "nf4-gptq, mxfp4, nvfp4 (gptq).",
+    "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, fp8, fp8-static, "
+    "fp8-block, nf4, fp4, nf4-gptq, mxfp4, nvfp4 (gptq).",
     metavar="NAME")]
 RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
 Bits = Annotated[int | None, _recipe_option("Bits of a code: 2, 3, 4 or 8 (4).", metavar="N")]
@@ -63,7 +63,9 @@ GroupSize = Annotated[str | None, _recipe_option(
 Symmetric = Annotated[bool, _recipe_option("No zero points (the default).", "--symmetric")]
 Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")]
 DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
-Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq or bitsandbytes (the method's).",
+KvCache = Annotated[str | None, _recipe_option("fp8: calibrate the scales of a cache of keys and values in FP8.",
+                                               "--kv-cache", metavar="TYPE")]
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq, fp8 or bitsandbytes (the method's).",
                                               "--format", metavar="NAME")]
 Text = Annotated[str | None, _recipe_option(
     "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
@@ -85,7 +87,7 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, or hf (dense weights).", metavar="FORMAT")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, or hf (dense weights).", metavar="FORMAT")]
 
 
 class Stopped(BaseException):
@@ -111,9 +113,10 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def quantize(
     model: Model, method: Method = None, recipe: RecipeName = None, bits: Bits = None, group_size: GroupSize = None,
     symmetric: Symmetric = False, asymmetric: Asymmetric = False, double_quant: DoubleQuant = False,
-    format_: Format = None, calibration: Text = None, samples: Samples = None, sequence_length: Length = None,
-    dtype: Dtype = None, seed: Seed = None, set_: Settings = None, out: Out = None, device: Device = "auto",
-    dry_run: DryRun = False, restart: Restart = False, json: Json = False, quiet: Quiet = False,
+    kv_cache: KvCache = None, format_: Format = None, calibration: Text = None, samples: Samples = None,
+    sequence_length: Length = None, dtype: Dtype = None, seed: Seed = None, set_: Settings = None, out: Out = None,
+    device: Device = "auto", dry_run: DryRun = False, restart: Restart = False, json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
 
@@ -121,7 +124,7 @@ def quantize(
     """
     flags = {"--bits": ("scheme.bits", bits), "--group-size": ("scheme.group_size", _group_size(group_size)),
              "--symmetric": ("scheme.symmetric", _symmetric(symmetric, asymmetric)), "--format": ("format", format_),
-             "--double-quant": ("scheme.double_quant", double_quant or None),
+             "--kv-cache": ("kv_cache", kv_cache), "--double-quant": ("scheme.double_quant", double_quant or None),
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
              "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
              "--seed": ("seed", seed)}

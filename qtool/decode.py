@@ -95,7 +95,9 @@ class Source:
     def _dense_specs(self) -> dict[str, TensorSpec]:
         suffixes = self.format.SUFFIXES if self.format is not None else ()
         packed = {f"{linear}.{suffix}" for linear in self._linears for suffix in suffixes}
-        specs = {name: spec for name, spec in self.checkpoint.specs.items() if name not in packed}
+        beside = getattr(self.format, "KV_SCALES", ())  # for engines; no parameters of the model
+        specs = {name: spec for name, spec in self.checkpoint.specs.items()
+                 if name not in packed and name.rpartition(".")[2] not in beside}
         for linear, (_, shape) in self._linears.items():
             specs[f"{linear}.weight"] = TensorSpec(f"{linear}.weight", self.dtype, shape)
         return dict(sorted(specs.items()))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 
 import qtool
-from qtool import card, estimate, found, heap, manifest, ops, quality
+from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
@@ -36,8 +36,10 @@ from qtool.models import blocks, calibration
 from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
 from qtool.rescale import rescale
 from qtool.stream import Stream
-from qtool.tensors import FLOATING, CalibrationStats, QuantizedTensor, all_finite
+from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
 from qtool.workspace import Workspace, refuse_existing
+
+EMPTY: Mapping[str, torch.Tensor] = {}
 
 
 class Progress(Protocol):
@@ -99,8 +101,8 @@ def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     for name in stage.copied:
         _copy(job, name, weights)
     if stage.block is not None:
-        return [record for linear in stage.linears
-                for record in _solve(job, [linear], [_weight(job, linear, weights)], None)]
+        return [record for group in _one_scale(stage.linears)
+                for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
     return []
 
 
@@ -114,18 +116,15 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     notes = rescale(plan, stage, block, stream, weights)
     for name in stage.copied:
         _copy(job, name, weights)
-    linears = {linear.name: linear for linear in stage.linears}
+    ranges = stream.ranges(block, stage)
+    if stage.attention is not None and ranges.kv is not None:
+        for spec, scale in zip(plan.format.kv_scales(stage.attention), ranges.kv, strict=True):
+            job.writer.write(spec.name, scale.reshape(1))
+    stream.begin(block, stage, ranges.inputs)
     records: list[dict[str, Any]] = []
-    for collected in stream.collect(block, stage):
-        while collected:
-            names, stats = collected.popitem()
-            groups = _same_scheme([linears[name] for name in names if name in linears])
-            while groups:
-                group = groups.pop(0)
-                originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
-                # the last may take out of the statistics what its steps have done with
-                records += _solve(job, group, originals, replace(stats) if groups else stats, block)
-            del stats
+    for group, stats in _collected(plan, stage, stream):
+        originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
+        records += _solve(job, group, originals, stats, block, ranges.inputs)
     weights.clear()
     if index + 1 < plan.blocks:
         stream.propagate(index)
@@ -134,8 +133,26 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     return sorted(records, key=lambda record: order[record["name"]])
 
 
+def _collected(plan: Plan, stage: Stage, stream: Stream) -> Iterator[tuple[list[LinearPlan], CalibrationStats | None]]:
+    """Linears that are solved together, with their statistics; each must be solved before the next is asked for."""
+    if not plan.solves_on_text:
+        yield from ((group, None) for group in _one_scale(stage.linears))
+        return
+    linears = {linear.name: linear for linear in stage.linears}
+    for collected in stream.collect(stage):
+        while collected:
+            names, stats = collected.popitem()
+            groups = _same_scheme([linears[name] for name in names if name in linears])
+            while groups:
+                group = groups.pop(0)
+                # the last may take out of the statistics what its steps have done with
+                yield group, replace(stats) if groups else stats
+            del stats
+
+
 def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats: CalibrationStats | None,
-           block: torch.nn.Module | None = None) -> list[dict[str, Any]]:
+           block: torch.nn.Module | None = None,
+           input_scales: Mapping[str, torch.Tensor] = EMPTY) -> list[dict[str, Any]]:
     """Run the recipe's steps on linears that share an input; write each; put the result into the block."""
     plan = job.plan
     stacked = weights[0].float() if len(weights) == 1 else torch.cat([weight.float() for weight in weights])
@@ -148,6 +165,8 @@ def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats
     for linear in group:
         stop = start + linear.shape[0]
         quantized = layer.quantized.rows(start, stop)
+        if linear.name in input_scales:
+            quantized = replace(quantized, extra={**quantized.extra, INPUT_SCALE: input_scales[linear.name]})
         dense = found.load("grids", linear.scheme.grid).decode(quantized)
         record = _measure(plan, linear, layer, slice(start, stop), dense, len(group))
         _write_linear(job, linear, quantized, dense)
@@ -292,7 +311,8 @@ def _config(job: Job) -> dict[str, Any]:
     skipped = [name for name, _ in plan.kept]
     schemes = {linear.stored: linear.scheme for linear in plan.linears}
     steps = [next(iter(step)) for step in plan.recipe.steps]
-    config["quantization_config"] = plan.format.config(schemes, skipped, steps)
+    quantization = plan.format.config(schemes, skipped, steps)
+    config["quantization_config"] = plan.format.with_kv_cache(quantization) if plan.recipe.kv_cache else quantization
     if plan.recipe.dtype != "auto":
         config["dtype"] = plan.recipe.dtype
         config.pop("torch_dtype", None)
@@ -315,6 +335,16 @@ def _same_scheme(linears: list[LinearPlan]) -> list[list[LinearPlan]]:
     for linear in linears:
         joint = found.load("grids", linear.scheme.grid).JOINT
         groups.setdefault(linear.scheme.model_dump_json() if joint else linear.name, []).append(linear)
+    return list(groups.values())
+
+
+def _one_scale(linears: Iterable[LinearPlan]) -> list[list[LinearPlan]]:
+    """Without statistics each linear is solved alone, but those that engines run as one share a scale of the whole."""
+    groups: dict[str, list[LinearPlan]] = {}
+    for linear in linears:
+        together = grids.has_whole_scale(linear.scheme)
+        whole = formats.fused_name(linear.name) if together else linear.name
+        groups.setdefault(f"{whole} {linear.scheme.label}", []).append(linear)
     return list(groups.values())
 
 

@@ -48,6 +48,7 @@ class Stage:
     linears: tuple[LinearPlan, ...]
     copied: tuple[str, ...]  # checkpoint tensors that go over as they are
     outputs: tuple[TensorSpec, ...]
+    attention: str | None = None  # the module, by its stored name, whose keys and values get scales
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
+        """Whether text is run through the model."""
+        return self.solves_on_text or self.recipe.measures_ranges
+
+    @property
+    def solves_on_text(self) -> bool:
+        """Whether a step wants statistics of the inputs."""
         return any(module.CALIBRATED for module, _ in self.steps)
 
     @property
@@ -137,13 +144,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     format_ = found.load("formats", recipe.format)
     steps = tuple(_step(entry) for entry in recipe.steps)
     described = checkpoint.directory, checkpoint.config, checkpoint.specs
-    calibrated = any(module.CALIBRATED for module, _ in steps)
+    calibrated = recipe.measures_ranges or any(module.CALIBRATED for module, _ in steps)
     skeleton = (None if calibrated else outline.build(*described)) or skeletons.build(*described)
     model_dtype = _model_dtype(recipe, checkpoint)
     linears, kept = _match(recipe, skeleton)
     recipe, linears = _settle_groups(recipe, linears)
     _check(linears, format_)
-    stages = _stages(skeleton, checkpoint, linears, format_, model_dtype, recipe.dtype != "auto")
+    attentions = _attentions(skeleton, format_) if recipe.kv_cache else []
+    stages = _stages(skeleton, checkpoint, linears, attentions, format_, model_dtype, recipe.dtype != "auto")
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
@@ -267,7 +275,8 @@ def _settle_groups(recipe: Recipe, linears: list[LinearPlan]) -> tuple[Recipe, l
             recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"group_size": size})})
         linears = [replace(one, scheme=one.scheme.model_copy(update={"group_size": size}))
                    if one.scheme.group_size == "auto" else one for one in linears]
-    wrong = [one for one in linears if one.scheme.group_size != -1 and one.shape[1] % int(one.scheme.group_size)]
+    wrong = [one for one in linears if one.scheme.group_size != -1 and one.shape[1] % int(one.scheme.group_size)
+             and one.scheme.strategy != "block"]  # of blocks, the format tells more
     if wrong:
         widths = sorted({one.shape[1] for one in linears})
         fits = [g for g in (256, 128, 64, 32, 16, 8) if all(width % g == 0 for width in widths)]
@@ -289,8 +298,23 @@ def _check(linears: list[LinearPlan], format_: ModuleType) -> None:
         raise PlanError(reason)
 
 
-def _stages(skeleton: Skeleton, checkpoint: Checkpoint, linears: list[LinearPlan], format_: ModuleType,
-            model_dtype: torch.dtype, convert: bool) -> tuple[Stage, ...]:
+def _attentions(skeleton: Skeleton, format_: ModuleType) -> list[str]:
+    """The attention module of each block, where its keys come from, by its stored name."""
+    if not hasattr(format_, "kv_scales"):
+        raise PlanError(f"format {format_.NAME} has no place for kv_cache scales; use --format compressed-tensors, or "
+                        "leave kv_cache out")
+    attentions = []
+    for index, block in enumerate(skeleton.blocks):
+        keys = [name for name in skeleton.block_linears(index) if name.rpartition(".")[2] in ("k_proj", "qkv_proj")]
+        if len(keys) != 1:
+            raise PlanError(f"kv_cache: {block} has no linear called k_proj or qkv_proj, so where its keys and values "
+                            "come from is not known; leave kv_cache out")
+        attentions.append(skeleton.source(keys[0] + ".weight").removesuffix(".weight").rpartition(".")[0])
+    return attentions
+
+
+def _stages(skeleton: Skeleton, checkpoint: Checkpoint, linears: list[LinearPlan], attentions: list[str],
+            format_: ModuleType, model_dtype: torch.dtype, convert: bool) -> tuple[Stage, ...]:
     """Sort every parameter into before, block i, after; the order of the output file."""
     by_block: list[list[LinearPlan]] = [[] for _ in skeleton.blocks]
     for linear in linears:
@@ -306,21 +330,22 @@ def _stages(skeleton: Skeleton, checkpoint: Checkpoint, linears: list[LinearPlan
         if name not in quantized and name not in skeleton.tied:
             copied[place].append(skeleton.source(name))
 
-    def outputs(names: list[str], quantized_here: list[LinearPlan]) -> tuple[TensorSpec, ...]:
+    def outputs(names: list[str], quantized_here: list[LinearPlan], attention: str | None) -> tuple[TensorSpec, ...]:
         specs = [spec for one in quantized_here
                  for spec in format_.layout(one.stored, one.shape, one.scheme, model_dtype)]
+        specs += format_.kv_scales(attention) if attention else []
         for name in names:
             spec = checkpoint.specs[name]
             specs.append(TensorSpec(name, model_dtype, spec.shape) if convert and spec.dtype in FLOATING else spec)
         return tuple(specs)
 
-    names = ["before", *(f"block {index}" for index in range(len(skeleton.blocks))), "after"]
-    return tuple(
-        Stage(name, index if 0 <= index < len(by_block) else None,
-              tuple(by_block[index]) if 0 <= index < len(by_block) else (), tuple(copied[index]),
-              outputs(copied[index], by_block[index] if 0 <= index < len(by_block) else []))
-        for index, name in enumerate(names, -1)
-    )
+    stages = [Stage("before", None, (), tuple(copied[-1]), outputs(copied[-1], [], None))]
+    for index, here in enumerate(by_block):
+        attention = attentions[index] if attentions else None
+        specs = outputs(copied[index], here, attention)
+        stages.append(Stage(f"block {index}", index, tuple(here), tuple(copied[index]), specs, attention))
+    last = copied[len(by_block)]
+    return (*stages, Stage("after", None, (), tuple(last), outputs(last, [], None)))
 
 
 def _warnings(linears: list[LinearPlan], format_: ModuleType) -> list[str]:

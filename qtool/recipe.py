@@ -117,6 +117,7 @@ class Recipe(Strict):
     rules: tuple[Rule, ...] = ()
     format: str = "compressed-tensors"
     calibration: Calibration = Calibration()
+    kv_cache: Literal["fp8"] | None = None  # calibrated scales for engines that keep keys and values in FP8
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     seed: int = Field(0, ge=0)
     memory_budget_gb: float = Field(4.0, gt=0)  # activations past this go to a memory-mapped file
@@ -138,6 +139,12 @@ class Recipe(Strict):
     @property
     def method(self) -> str:
         return "+".join(next(iter(step)) for step in self.steps)
+
+    @property
+    def measures_ranges(self) -> bool:
+        """Whether text is needed for scales of activations, whatever the steps are."""
+        static = "tensor" in (self.scheme.activations, *(rule.activations for rule in self.rules))
+        return static or self.kv_cache is not None
 
     def scheme_for(self, name: str) -> tuple[Scheme | None, int | None]:
         """The scheme of the linear called name (None: left as it is), and the index of the rule that said so."""

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtool.models import blocks, folds, inputs, statistics
+from qtool.activations import static_scale
+from qtool.errors import CalibrationError
+from qtool.models import blocks, folds, inputs, kv, statistics
 from qtool.models.calibration import CalibrationTokens
 from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
 from qtool.plan import Plan, Stage
 from qtool.workspace import Workspace
+
+RANGE_TOKENS = 2048  # that a static scale of integers is chosen on
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Calibrated scales of activations. inputs: [1] by the name of the linear.  kv: float32 [2], of keys and values."""
+
+    inputs: dict[str, torch.Tensor]
+    kv: torch.Tensor | None
 
 
 @dataclass
@@ -61,6 +74,36 @@ class Stream:
                 store.copy_from(stores[0], self._batches_of(store))
         return self
 
+    def ranges(self, block: torch.nn.Module, stage: Stage) -> Ranges:
+        """The scales of activations that the recipe wants calibrated, from the fitting samples."""
+        index, plan = stage.block or 0, self.plan
+        cached = None
+        if stage.attention is not None:
+            fitting = [batch for batch in self.batches if batch.start not in self.held_out]
+            cached = kv.scales(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], fitting,
+                               plan.device, plan.compute_dtype)
+        return Ranges(self._static(block, stage), cached)
+
+    def _static(self, block: torch.nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
+        """Experts of one kind share the scale of the largest inputs, as engines have it."""
+        plan, prefix = self.plan, self.plan.skeleton.blocks[stage.block or 0] + "."
+        static = [one for one in stage.linears if one.scheme.activations == "tensor"]
+        kinds: dict[str, list[folds.Survey]] = {}
+        for paths, look in (self.survey(block, stage, plan.samples, RANGE_TOKENS) if static else {}).items():
+            for path in paths:
+                kinds.setdefault(_kind(path), []).append(look)
+        scales = {}
+        for one in static:
+            known = kinds.get(_kind(one.name.removeprefix(prefix)), [])
+            if not known:
+                raise CalibrationError(f"{one.name}: no calibration token reached it or its like, so its inputs have "
+                                       "no scale; use more calibration text, or activations: token")
+            largest = torch.stack([look.largest.max() for look in known])
+            sample = torch.cat([look.sample for look in known])[:RANGE_TOKENS]
+            scale = static_scale(largest, sample, one.scheme, plan.format.scale_dtype(plan.model_dtype))
+            scales[one.name] = scale.cpu()
+        return scales
+
     def survey(self, block: torch.nn.Module, stage: Stage, samples: int,
                tokens: int) -> dict[tuple[str, ...], folds.Survey]:
         """What the inputs of a stage's linears look like on the first samples, by their paths in the block."""
@@ -77,17 +120,22 @@ class Stream:
             self._folds[make] = folds.find_folds(block, wanted, lambda: self._trial(block, stage.block or 0))
         return self._folds[make]
 
-    def collect(self, block: torch.nn.Module, stage: Stage) -> Iterator[Collected]:
-        """Statistics of the linears of a stage, in items that must be solved one after the other."""
+    def begin(self, block: torch.nn.Module, stage: Stage, static: Mapping[str, torch.Tensor]) -> None:
+        """Take up a block. static: calibrated scales [1] of inputs, by the names of their linears."""
         index, names = stage.block or 0, [linear.name for linear in stage.linears]
-        parts = self._find_parts(block, index, names)
+        parts = self._find_parts(block, index, names) if self.plan.solves_on_text else ()
         self._tracks = [self._track(block, "quantized")]
         if self.plan.float_stream:
             self._tracks.append(self._track(copy.deepcopy(block), "float"))
         prefix = self.plan.skeleton.blocks[index] + "."
-        inputs.round_inputs(block, {one.name.removeprefix(prefix): one.scheme for one in stage.linears})
+        inputs.round_inputs(block, {one.name.removeprefix(prefix): one.scheme for one in stage.linears},
+                            {name.removeprefix(prefix): scale.to(self.plan.device) for name, scale in static.items()})
         self._staged = StagedBlock(self._tracks, self.plan.skeleton.blocks[index], parts, self.batches)
-        yield from self._staged.collect(names, lambda some, batches: self._collect(index, some, batches))
+
+    def collect(self, stage: Stage) -> Iterator[Collected]:
+        """Statistics of the linears of a stage, in items that must be solved one after the other."""
+        yield from self._staged.collect([linear.name for linear in stage.linears],
+                                        lambda some, batches: self._collect(stage.block or 0, some, batches))
 
     def propagate(self, index: int) -> None:
         """Run the block, its linears replaced by what was solved, and put its output in the stream's place."""
@@ -154,3 +202,8 @@ class Stream:
 
     def _paths(self, index: int) -> list[Path]:
         return [self.folder / f"stream-{kind}-{index}.bin" for kind in ("quantized", "float")[:len(self.stores)]]
+
+
+def _kind(path: str) -> str:
+    """'mlp.experts.3.up_proj' -> 'mlp.experts.*.up_proj'."""
+    return re.sub(r"\.\d+(?=\.)", ".*", path)

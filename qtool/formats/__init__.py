@@ -10,6 +10,7 @@ A format is a module with
     config(schemes, skipped, steps)           the quantization_config of config.json; extra_files(it) -> more JSON files
     check_together(schemes)                   why these linears cannot share one checkpoint, or None
     notes(schemes), fused_conflicts(schemes)  what a user should know about who can load the result
+    KV_SCALES, kv_scales(attention), with_kv_cache(config)       where scales of cached keys and values have a place
     SUFFIXES, recognises(config), schemes(config, specs, read)   for reading checkpoints, also those of other programs
 """
 
@@ -21,8 +22,9 @@ from typing import Any
 
 from qtool import found
 from qtool.formats._stored import quantization_config
+from qtool.formats._targets import fused_name
 
-__all__ = ["load", "names", "quantization_config", "recognise"]
+__all__ = ["fused_name", "load", "names", "quantization_config", "recognise"]
 
 
 def names() -> list[str]:

@@ -111,6 +111,9 @@ def refuse(name: str, scheme: Scheme, linear_name: str, shape: tuple[int, int]) 
     if scheme.grid != "affine":
         return (f"{name} holds integers, not the {scheme.grid} grid of {linear_name}; "
                 f"nearest: grid affine, {scheme.bits} bits")
+    if scheme.activations:
+        return (f"{name} holds weights only, but {linear_name} has activations: {scheme.activations}; leave that out, "
+                "or --format compressed-tensors")
     if scheme.bits not in PACKABLE_BITS:
         nearest = min(PACKABLE_BITS, key=lambda bits: (abs(bits - scheme.bits), -bits))
         return f"{name} packs 2, 3, 4 or 8 bits, not the {scheme.bits} of {linear_name}; nearest: {nearest} bits"

@@ -32,6 +32,12 @@ def kind(linear_name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", linear_name, count=1)
 
 
+def fused_name(linear_name: str) -> str:
+    """The matrix that engines make of a linear and others: x.qkv_proj of x.q_proj; else its own name."""
+    parent, dot, last = linear_name.rpartition(".")
+    return parent + dot + next((whole for parts, whole in FUSED if last in parts), last)
+
+
 def with_fused(names: Sequence[str]) -> list[str]:
     """`names`, and the fused name wherever all its parts are among them (model.layers.0.self_attn.qkv_proj)."""
     present, result = set(names), list(names)

@@ -24,12 +24,14 @@ from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec
 
 __all__ = [
-    "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files", "fused_conflicts",
-    "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
+    "KV_SCALES", "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files",
+    "fused_conflicts", "kv_scales", "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
+    "with_kv_cache",
 ]
 NAME = "compressed-tensors"
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
             "weight_global_scale", "input_scale")
+KV_SCALES = ("k_scale", "v_scale")
 FORMS = {"pack-quantized": _ct_pack, "int-quantized": _ct_int8, "float-quantized": _ct_float,
          "naive-quantized": _ct_float, "nvfp4-pack-quantized": _ct_float, "mxfp4-pack-quantized": _ct_float}
 LOADERS = (
@@ -132,6 +134,17 @@ def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Se
         "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": list(dict.fromkeys([*skipped, "lm_head"])),
         "config_groups": groups,
     }
+
+
+def kv_scales(attention: str) -> list[TensorSpec]:
+    """The scales of the keys and values that an attention module caches: the largest magnitude over 448 of E4M3."""
+    return [TensorSpec(f"{attention}.{name}", torch.float32, (1,)) for name in KV_SCALES]
+
+
+def with_kv_cache(quantization_config: dict[str, Any]) -> dict[str, Any]:
+    """The config that says so."""
+    return {**quantization_config, "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": True,
+                                                       "strategy": "tensor", "dynamic": False}}
 
 
 def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor
 
 GRID = LevelGrid("nvfp4", 4, *small_float(2, 1, 6.0), groups=(16,), scale_dtype=torch.float8_e4m3fn, shrink=0.6)
-JOINT, FREE_SCALES = True, False
+JOINT, FREE_SCALES, WHOLE_SCALE = True, False, True
 RANGE = 448.0 * 6.0
 GLOBALS = (1.0, 0.9, 0.8, 0.7)  # parts of the range that a search tries for the global scale
 check, width, encode, decode = GRID.check, GRID.width, GRID.encode, GRID.decode
@@ -52,5 +52,5 @@ def effective(local: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
     return local.float() / divisor
 
 
-__all__ = ["FREE_SCALES", "GRID", "JOINT", "check", "decode", "effective", "encode", "fit", "local_scales",
-           "refine_columns", "solve_columns", "steps", "width"]
+__all__ = ["FREE_SCALES", "GRID", "JOINT", "WHOLE_SCALE", "check", "decode", "effective", "encode", "fit",
+           "local_scales", "refine_columns", "solve_columns", "steps", "width"]

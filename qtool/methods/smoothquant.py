@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from qtool import found
-from qtool.activations import round_tokens
+from qtool.activations import round_inputs, static_scale
 from qtool.layer import Layer
 from qtool.recipe import Strict
 
@@ -55,6 +55,8 @@ def _scale(largest: torch.Tensor, weights: torch.Tensor, power: float) -> torch.
 def _error(layer: Layer, scale: torch.Tensor, sample: torch.Tensor) -> float:
     grid = found.load("grids", layer.scheme.grid)
     scaled, x = layer.weight * scale, sample / scale
-    rounded = round_tokens(x, layer.scheme) if layer.scheme.activations else x
+    rounded = x
+    if layer.scheme.activations:
+        rounded = round_inputs(x, layer.scheme, static_scale(x.abs(), x, layer.scheme, layer.scale_dtype))
     decoded = grid.decode(grid.encode(scaled, grid.fit(scaled, layer.scheme, layer.scale_dtype)))
     return float(torch.linalg.vector_norm(rounded @ decoded.T - sample @ layer.weight.T, dtype=torch.float64))

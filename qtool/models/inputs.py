@@ -1,4 +1,4 @@
-"""Linears whose inputs are rounded at run time, as engines do beside 8-bit weights, one scale per token."""
+"""Linears whose inputs are rounded at run time, as engines do beside 8-bit weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.activations import OUTLIER, mixed_product, round_tokens
+from qtool.activations import OUTLIER, mixed_product
+from qtool.activations import round_inputs as rounded
 from qtool.grids import vectorwise_int8
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor
@@ -18,26 +19,31 @@ class _Rounding:
     """A pre-hook shared by linears of one scheme. Those that receive the same tensor get the same result again, so that
     they are still seen to share their input."""
 
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
+    def __init__(self, scheme: Scheme, static: torch.Tensor | None) -> None:
+        self.scheme, self.static = scheme, static
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x = inputs[0]
         if self._last is None or self._last[0] is not x:
-            self._last = x, round_tokens(x, self.scheme)
+            self._last = x, rounded(x, self.scheme, self.static)
         return (self._last[1], *inputs[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Rounding:
-        return _Rounding(self.scheme)  # what it remembers belongs to one pass
+        return _Rounding(self.scheme, self.static)  # what it remembers belongs to one pass
 
 
-def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """From now on the linears of `model` named in `schemes` round their inputs, where their scheme says so."""
-    hooks: dict[Scheme, _Rounding] = {}
+def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme], static: Mapping[str, torch.Tensor]) -> None:
+    """From now on the linears of `model` named in `schemes` round their inputs, where their scheme says so.
+
+    static: the scales [1] of those whose scheme has calibrated ones.
+    """
+    hooks: dict[tuple[Scheme, float], _Rounding] = {}
     for path, scheme in schemes.items():
-        if scheme.activations == "token":
-            hook = hooks.setdefault(scheme, _Rounding(scheme))
+        if scheme.activations in ("token", "group", "tensor"):
+            scale = static[path] if scheme.activations == "tensor" else None
+            key = scheme, 0.0 if scale is None else float(scale)
+            hook = hooks.setdefault(key, _Rounding(scheme, scale))
             model.get_submodule(path).register_forward_pre_hook(hook)
 
 

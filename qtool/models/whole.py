@@ -11,7 +11,7 @@ from qtool.models.blocks import Read, fill
 from qtool.models.inputs import multiply_codes, round_inputs
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Scheme
-from qtool.tensors import QuantizedTensor
+from qtool.tensors import INPUT_SCALE, QuantizedTensor
 
 
 def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torch.dtype,
@@ -20,7 +20,7 @@ def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torc
     """The model of `skeleton`, which is used up, with weights in `dtype` on `device`, read one by one.
 
     schemes: of quantized linears by their name in the checkpoint; those that say so round their inputs.
-    quantized: gives the codes of one, for those that multiply them (LLM.int8()).
+    quantized: gives one of them with its codes (which LLM.int8() multiplies) and the scale of its inputs, if static.
     """
     with torch.no_grad():
         fill(skeleton, skeleton.model, "", read, device, dtype)
@@ -28,7 +28,9 @@ def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torc
         names = (name for index in range(len(skeleton.blocks)) for name in skeleton.block_linears(index))
         stored = {name: skeleton.source(name + ".weight").removesuffix(".weight") for name in names}
         here = {name: schemes[linear] for name, linear in stored.items() if linear in schemes}
-        round_inputs(skeleton.model, here)
+        static = {name: quantized(stored[name]).extra[INPUT_SCALE].to(device) for name, scheme in here.items()
+                  if quantized is not None and scheme.activations == "tensor"}
+        round_inputs(skeleton.model, here, static)
         if quantized is not None:
             multiply_codes(skeleton.model, {name: quantized(stored[name]).to(device) for name, scheme in here.items()
                                             if scheme.activations == "outliers"})
