@@ -127,6 +127,18 @@ def test_scales_are_what_their_types_hold() -> None:
     assert nvfp4.fit(torch.zeros(2, 32), SCHEMES["nvfp4"], torch.bfloat16).scale.isfinite().all()
 
 
+def test_a_search_finds_the_best_power_of_two() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for exponent in range(-8, 4):
+        fitted = mxfp4.GRID.fitted(torch.full((64, 8), 2.0**exponent), 32)
+        off = weight - mxfp4.decode(mxfp4.encode(weight, fitted))
+        errors.append(off.reshape(64, 8, 32).square().sum(-1))
+    fitted = mxfp4.fit(weight, SCHEMES["mxfp4"], torch.bfloat16, None, 2)
+    off = weight - mxfp4.decode(mxfp4.encode(weight, fitted))
+    torch.testing.assert_close(off.reshape(64, 8, 32).square().sum(-1), torch.stack(errors).amin(0))
+
+
 @pytest.mark.parametrize("steps", [1, 8])
 def test_rows_share_the_scales_of_fp8(steps: int) -> None:
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
