@@ -10,7 +10,6 @@ from qtool.recipe import Scheme
 INT8_STEPS = 127.5  # compressed-tensors' half range; codes are still clamped to -128 .. 127
 FP8_TOP = 448.0
 INT8_TOP = 127.0  # LLM.int8()'s largest code
-OUTLIER = 6.0  # LLM.int8(): a column with an input this large is multiplied in floating point
 
 
 def round_tokens(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:

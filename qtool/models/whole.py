@@ -30,6 +30,5 @@ def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torc
         here = {name: schemes[linear] for name, linear in stored.items() if linear in schemes}
         round_inputs(skeleton.model, here)
         if quantized is not None:
-            multiply_codes(skeleton.model, {name: quantized(stored[name]).to(device) for name, scheme in here.items()
-                                            if scheme.activations == "outliers"})
+            multiply_codes(skeleton.model, here, lambda name: quantized(stored[name]).to(device))
     return skeleton.model
