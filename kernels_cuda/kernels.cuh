@@ -39,6 +39,10 @@ cudaError_t cuda_solve_levels(const float* weight, const float* shift, const flo
 cudaError_t cuda_refine_levels(const float* gradient, const float* hessian, const uint8_t* old_codes,
                                const float* scale, Levels levels, const int32_t* group_index, int64_t columns,
                                int64_t groups, uint8_t* codes, float* delta, int64_t rows, cudaStream_t stream);
+// `same` repeats rows here: the CPU kernel has it as the width of the product.
+cudaError_t cuda_multiply_int8(const int8_t* left, const int8_t* right, const float* left_scale,
+                               const float* right_scale, int64_t tokens, int64_t columns, int64_t same, float* product,
+                               int64_t rows, cudaStream_t stream);
 // `same` repeats rows (or the width, for columns): the CPU kernels have it there.
 cudaError_t cuda_pack_rows(const uint8_t* codes, int64_t count, int64_t same, int64_t bits, uint32_t* words,
                            int64_t rows, cudaStream_t stream);

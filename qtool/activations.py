@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from qtool import ops
 from qtool.recipe import Scheme
 
 INT8_STEPS = 127.5  # compressed-tensors' half range; codes are still clamped to -128 .. 127
 FP8_TOP = 448.0
 GROUP = 128  # columns of a token that share a scale beside weights in blocks
 CLIPPED = tuple(1 - step / 20 for step in range(16))  # parts of the range that a static scale of integers tries
-OUTLIER = 6.0  # LLM.int8(): a column with an input this large is multiplied in floating point
+INT8_TOP = 127.0  # LLM.int8()'s largest code
 
 
 def round_inputs(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,19 +53,25 @@ def _top(scheme: Scheme) -> float:
 def mixed_product(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, threshold: float) -> torch.Tensor:
     """LLM.int8(): x [T, K] times the transposed weight, [T, N] float32; codes int8 [N, K], absmax float32 [N].
 
-    Input columns with any |x| >= threshold are multiplied in floating point with the dequantized weight columns. The
-    rest is rounded to int8, one scale per token, and multiplied as integers; the sums are exact.
-    Source: arXiv 2208.07339; bitsandbytes int8_vectorwise_quant, int8_mixed_scaled_mm.
+    Outlier columns, those with any |x| >= threshold (none at threshold 0), are multiplied with the dequantized weight
+    columns, both in the dtype of x, and summed in float32. The rest is rounded to int8 with one scale per token and
+    multiplied as integers. Outliers and scales are those of x in float16; a token that has a NaN there, or an infinity
+    that is no outlier, gets NaN. Source: arXiv 2208.07339; bitsandbytes int8_vectorwise_quant, int8_mixed_scaled_mm.
     """
     half = x.half()
-    large = half.abs() >= threshold
-    columns = large.any(0)
-    rows = torch.where(large, 0.0, half.float()).abs().amax(1, keepdim=True)
-    inverse = torch.where(rows != 0, 127.0 / rows, 0.0)
-    rounded = (torch.where(large, 0.0, half.float()) * inverse).round()
+    outliers = outlier_mask(half, threshold)
+    columns = outliers.any(0).nonzero().flatten()
+    small = half.masked_fill(outliers, 0.0).float()
+    largest = small.abs().amax(1) if small.shape[1] else small.new_zeros(len(small))
+    rounded = (small * torch.where(largest != 0, INT8_TOP / largest, 0.0)[:, None]).round().nan_to_num(0.0)
     rounded[:, columns] = 0
-    # float64 holds sums of products of 8-bit integers exactly
-    sums = rounded.double() @ codes.double().T
-    product = (sums.float() * (rows * absmax[None])) / (127.0 * 127.0)
-    dense = codes[:, columns].float() * absmax[:, None] / 127.0
-    return product + x[:, columns].float() @ dense.T
+    product = ops.multiply_int8(rounded.to(torch.int8), codes, largest / INT8_TOP, absmax / INT8_TOP)
+    if len(columns):
+        weight = (codes[:, columns].float() * (absmax[:, None] / INT8_TOP)).to(x.dtype)
+        product.addmm_(x[:, columns].float(), weight.float().T)
+    return product
+
+
+def outlier_mask(half: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which inputs (float16) LLM.int8() takes for outliers."""
+    return half.abs() >= threshold if threshold > 0 else torch.zeros_like(half, dtype=torch.bool)

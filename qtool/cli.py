@@ -78,6 +78,8 @@ Seed = Annotated[int | None, _recipe_option("For methods that draw random number
 Settings = Annotated[list[str] | None, _recipe_option("Any key of the recipe; may be repeated; wins over the rest.",
                                                       "--set", metavar="KEY=VALUE")]
 Layers = Annotated[bool, _option("One line per linear.", "--layers")]
+Outliers = Annotated[bool, _option("The outlier features that calibration found (--recipe llm-int8-outliers).",
+                                   "--outliers")]
 Original = Annotated[str | None, _option("Measure every layer's error against this original.", metavar="MODEL")]
 Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]
 System = Annotated[bool, _option("What this machine has.", "--system")]
@@ -165,16 +167,16 @@ def _without_kernels() -> list[str]:
 @app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --layers\n\n"
                     "qtool inspect OUT --layers --json | jq -r '.layers[] | select(.sqnr_db < 15) | .name'")
 def inspect(
-    path: MaybeCheckpoint = None, layers: Layers = False, against: Original = None, verify: Verify = False,
-    system: System = False, json: Json = False, csv: Csv = False,
+    path: MaybeCheckpoint = None, layers: Layers = False, outliers: Outliers = False, against: Original = None,
+    verify: Verify = False, system: System = False, json: Json = False, csv: Csv = False,
 ) -> None:
     """Show what is in a checkpoint: schemes, sizes, bits per weight, errors."""
     if json and csv:
         raise InputError("--json and --csv exclude each other; choose one")
     if path is None and not system:
         raise InputError("give the PATH of a checkpoint, or --system")
-    if path is None and (layers or against or verify or csv):
-        raise InputError("--layers, --against, --verify and --csv need the PATH of a checkpoint")
+    if path is None and (layers or outliers or against or verify or csv):
+        raise InputError("--layers, --outliers, --against, --verify and --csv need the PATH of a checkpoint")
     with console.working("reading", json or csv):
         from qtool import inspect as inspection
         from qtool import report
@@ -187,14 +189,18 @@ def inspect(
     if path is not None:
         summary, rows = _inspected(path, against, verify, json or csv)
         result |= summary
-        if layers:
+        if outliers and (summary["outliers"] or {}).get("features") is None:
+            raise InputError(f"no outlier features are known of {path}: only a calibrated run with the step 'outliers' "
+                             "lists them; quantize with --recipe llm-int8-outliers")
+        if layers or outliers:
             result["layers"] = rows
     if json:
         console.show_json(result)
     elif csv:
         console.show_csv(rows, [key for key in inspection.FIRST if any(key in row for row in rows)])
     elif path is not None:
-        parts = [report.inspected(result), *([report.layers(rows)] if layers or against else [])]
+        parts = [report.inspected(result), *([report.layers(rows)] if layers or against else []),
+                 *([report.outliers(rows)] if outliers else [])]
         console.show(report.stacked(parts))
     if result.get("problems"):
         count = len(result["problems"])

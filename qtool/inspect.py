@@ -26,7 +26,8 @@ SCHEMA = 1
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
 TOLERANCE = 1e-3  # of a recorded error against the measured one: sums may be taken in other orders
 FIRST = ("name", "stored", "block", "scheme_label", "bits", "group_size", "symmetric", "shape", "bytes",
-         "bits_per_weight", "relative_error", "weight_error", "weight_sqnr_db", "sqnr_db", "tokens")
+         "bits_per_weight", "relative_error", "weight_error", "weight_sqnr_db", "sqnr_db", "tokens",
+         "outlier_features")
 
 
 def no_steps(done: int, total: int, text: str) -> None:
@@ -67,7 +68,8 @@ def summary(source: Source) -> dict[str, Any]:
         "parameters": parameters, "weight_bytes": stored,
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
         "bits_per_weight": bits_per_weight(source), "schemes": _schemes(rows),
-        "not_quantized": _not_quantized(source, record), "error": kind_and_error, "made_by": _made_by(record),
+        "not_quantized": _not_quantized(source, record), "error": kind_and_error,
+        "outliers": _outliers(rows), "made_by": _made_by(record),
     }
 
 
@@ -256,6 +258,17 @@ def _error(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
             worst, name = errors[-1]
             return {"of": of, "median": errors[len(errors) // 2][0], "worst": worst, "worst_name": name}
     return None
+
+
+def _outliers(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What is known of outlier features, of LLM.int8() and wherever the step `outliers` looked for them."""
+    known = [row for row in rows if row.get("outlier_features") is not None]
+    concerned = known or [row for row in rows if row["scheme"] and row["scheme"]["activations"] == "outliers"]
+    if not concerned:
+        return None
+    return {"threshold": concerned[0]["scheme"]["outlier_threshold"],
+            "linears": sum(row["outlier_features"] > 0 for row in known) if known else None,
+            "features": sum(row["outlier_features"] for row in known) if known else None}
 
 
 def _made_by(record: dict[str, Any] | None) -> dict[str, Any] | None:

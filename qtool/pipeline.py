@@ -33,6 +33,7 @@ from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
 from qtool.models import blocks, calibration
+from qtool.outliers import outlier_notes
 from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
 from qtool.rescale import rescale
 from qtool.stream import Stream
@@ -113,7 +114,7 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     for name, weight in weights.items():
         _refuse_non_finite(name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
-    notes = rescale(plan, stage, block, stream, weights)
+    notes, listed = rescale(plan, stage, block, stream, weights), outlier_notes(plan, stage, block, stream)
     for name in stage.copied:
         _copy(job, name, weights)
     ranges = stream.ranges(block, stage)
@@ -128,7 +129,7 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     weights.clear()
     if index + 1 < plan.blocks:
         stream.propagate(index)
-    records = [{**record, **notes.get(record["name"], {})} for record in records]
+    records = [{**record, **notes.get(record["name"], {}), **listed.get(record["name"], {})} for record in records]
     order = {linear.name: place for place, linear in enumerate(stage.linears)}
     return sorted(records, key=lambda record: order[record["name"]])
 

@@ -80,7 +80,7 @@ class Plan:
     @property
     def solves_on_text(self) -> bool:
         """Whether a step wants statistics of the inputs."""
-        return any(module.CALIBRATED for module, _ in self.steps)
+        return any(module.CALIBRATED and not getattr(module, "LISTS_OUTLIERS", False) for module, _ in self.steps)
 
     @property
     def float_share(self) -> float:

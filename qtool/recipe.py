@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qtool.errors import RecipeError
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "recipes", HERE.parent / "recipes")  # an installed package; a source checkout
 MAX_RECIPE_BYTES = 1 << 20
+OUTLIER_THRESHOLD = 6.0  # LLM.int8()'s, and what bitsandbytes takes where nothing is said
 
 
 Strategy = Literal["tensor", "block"]
@@ -36,7 +37,8 @@ class Scheme(Strict):
     strategy: rows that share scales too (fp8): one for the whole "tensor", or for a "block" of 128 x 128.
     double_quant: scales in 8 bits too (nf4, fp4).  activations: how the linear's inputs are rounded at run time: with a
     scale for each "token", for each "group" of 128 columns of a token, one calibrated scale for the "tensor", or with
-    "outliers" left as they are (LLM.int8()).
+    "outliers" left as they are (LLM.int8()).  outlier_threshold: input columns with a value of this size or more are
+    outliers; 0: there are none.
     """
 
     grid: str = "affine"
@@ -46,6 +48,7 @@ class Scheme(Strict):
     strategy: Strategy | None = None
     double_quant: bool = False
     activations: Activations | None = None
+    outlier_threshold: float = Field(OUTLIER_THRESHOLD, ge=0.0, allow_inf_nan=False)
 
     @field_validator("group_size")
     @classmethod
@@ -53,6 +56,12 @@ class Scheme(Strict):
         if isinstance(value, int) and value != -1 and (value < 8 or value % 8):
             raise ValueError("group_size is -1 (per output channel), auto, or a positive multiple of 8")
         return value
+
+    @model_validator(mode="after")
+    def _of_outliers(self) -> Scheme:
+        if self.activations != "outliers" and self.outlier_threshold != OUTLIER_THRESHOLD:
+            raise ValueError("outlier_threshold is for activations: outliers (LLM.int8()); leave it out")
+        return self
 
     @property
     def label(self) -> str:
@@ -90,6 +99,8 @@ class Rule(Strict):
         if self.skip:
             return None
         changes = {key: value for key, value in self.model_dump(exclude={"match", "skip"}).items() if value is not None}
+        if self.activations == "token":  # no outliers here, so no threshold
+            changes["outlier_threshold"] = OUTLIER_THRESHOLD
         return Scheme.model_validate({**scheme.model_dump(), **changes})
 
 

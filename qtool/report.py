@@ -14,6 +14,8 @@ from rich.text import Text
 from qtool.recipe import scheme_label
 from qtool.units import millions, percent, size, span
 
+OUTLIERS_SHOWN = 5  # of each linear; JSON has all that the manifest lists
+
 
 def facts(title: str, rows: Iterable[tuple[str, str | Text]]) -> RenderableType:
     """A title over aligned pairs."""
@@ -132,6 +134,7 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
     if error:
         rows.append(("error", f"median {percent(error['median'])} of the {error['of']}, "
                               f"worst {percent(error['worst'])} in {error['worst_name']}"))
+    rows += _outliers_line(data["outliers"])
     rows += _checks(data)
     parts: list[RenderableType] = [facts(data["path"], rows)]
     columns = ("scheme", "linears", "weights", "size", "bits/weight")
@@ -148,6 +151,33 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
         parts.append(table((title, "", "size", "type"), [
             (one["name"], str(one["tensors"]), size(one["bytes"]), one["dtype"]) for one in data["not_quantized"]]))
     return stacked(parts)
+
+
+def _outliers_line(known: Mapping[str, Any] | None) -> list[tuple[str, str | Text]]:
+    if known is None:
+        return []
+    limit = f"{known['threshold']:g}"
+    if not known["threshold"]:
+        text = "no input column is multiplied apart: the threshold is 0"
+    elif known["features"] is None:
+        text = f"input columns that reach {limit} are multiplied apart; --recipe llm-int8-outliers would list them"
+    else:
+        text = (f"{known['features']} input columns of {known['linears']} linears reach {limit} on the calibration "
+                "text; --outliers lists them")
+    return [("outliers", text)]
+
+
+def outliers(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Of each linear with outlier features, those with the largest inputs."""
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        listed, count = row.get("outliers") or (), row.get("outlier_features") or 0
+        for place, one in enumerate(listed[:OUTLIERS_SHOWN]):
+            first = (row["name"], str(count)) if not place else ("", "")
+            lines.append((*first, str(one["column"]), f"{one['largest']:.4g}", percent(one["share"])))
+    if not lines:
+        return Text("No linear has outlier features.")
+    return table(("linear", "outlier features", "the largest: column", "|x|", "of the tokens"), lines)
 
 
 def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
@@ -176,7 +206,8 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     ]
     for title, key, show in (("output error", "relative_error", percent), ("weight error", "weight_error", percent),
                              ("SQNR dB", "sqnr_db", lambda value: "-" if value is None else f"{value:.1f}"),
-                             ("tokens", "tokens", lambda value: str(value or "-"))):
+                             ("tokens", "tokens", lambda value: str(value or "-")),
+                             ("outliers", "outlier_features", lambda value: "-" if value is None else str(value))):
         if any(row.get(key) for row in rows):
             columns.append((title, lambda row, key=key, show=show: show(row.get(key))))
     return table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows], left=2)

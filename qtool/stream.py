@@ -104,13 +104,14 @@ class Stream:
             scales[one.name] = scale.cpu()
         return scales
 
-    def survey(self, block: torch.nn.Module, stage: Stage, samples: int,
-               tokens: int) -> dict[tuple[str, ...], folds.Survey]:
+    def survey(self, block: torch.nn.Module, stage: Stage, samples: int, tokens: int,
+               threshold: float = 0.0) -> dict[tuple[str, ...], folds.Survey]:
         """What the inputs of a stage's linears look like on the first samples, by their paths in the block."""
         index, plan = stage.block or 0, self.plan
         batches = [batch for batch in self.batches if batch.start not in self.held_out and batch.start < samples]
         return folds.survey(block, plan.skeleton.blocks[index], [linear.name for linear in stage.linears],
-                            self.arguments, index, self.stores[0], batches, plan.device, plan.compute_dtype, tokens)
+                            self.arguments, index, self.stores[0], batches, plan.device, plan.compute_dtype, tokens,
+                            threshold)
 
     def folds(self, block: torch.nn.Module, stage: Stage, groups: Iterable[tuple[str, ...]]) -> list[folds.Fold]:
         """Which of these groups can have their input channels scaled; looked for once for blocks of the same make."""

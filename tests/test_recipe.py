@@ -31,6 +31,9 @@ def test_presets_are_ready_recipes() -> None:
     ("steps: []", ["steps"]),
     ("steps: [{gptq: {}, refine: {}}]", ["one name"]),
     ("- a\n- b", ["mapping"]),
+    ("scheme: {outlier_threshold: 5.0}", ["activations: outliers", "leave it out"]),
+    ("scheme: {activations: outliers, outlier_threshold: -1}", ["scheme.outlier_threshold", "-1"]),
+    ("scheme: {activations: outliers, outlier_threshold: .inf}", ["scheme.outlier_threshold", "inf"]),
     ("a: &x [1]\nb: *x", ["aliases"]),
     ("name: a\nname: b", ["twice", "line 2"]),
     ("!!python/object/apply:os.system ['true']", ["YAML"]),
@@ -79,3 +82,11 @@ def test_any_text_is_a_recipe_or_an_error(text: str) -> None:
         recipe.parse(text, "fuzz")
     except RecipeError as error:
         assert "fuzz" in str(error)
+
+
+def test_a_rule_without_outliers_needs_no_threshold() -> None:
+    made = recipe.parse("scheme: {activations: outliers, outlier_threshold: 4.5}\n"
+                        "rules: [{match: '*.down_proj', activations: token}]", "r.yaml")
+    assert made.scheme_for("a.up_proj")[0] == made.scheme and made.scheme.outlier_threshold == 4.5
+    scheme, rule = made.scheme_for("a.down_proj")
+    assert rule == 0 and scheme is not None and scheme.activations == "token"

@@ -1,8 +1,8 @@
 // CPU kernels: pointers and integers only, no torch. Every function works on rows [begin, end) of row-major
 // matrices, so that a caller can split rows over threads; no row looks at another.
 //
-// One source (kernels.inc) is compiled for three instruction sets. Rows are handled one per vector lane; sums run over
-// columns in order, without fused multiply-add. So all three give the same bits.
+// One source (kernels.inc) is compiled for three instruction sets. Rows are handled one per vector lane; sums of floats
+// run over columns in order, without fused multiply-add. So all three give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +58,10 @@ struct Kernels {
   void (*refine_levels)(const float* gradient, const float* hessian, const uint8_t* old_codes, const float* scale,
                         Levels levels, const int32_t* group_index, int64_t columns, int64_t groups, uint8_t* codes,
                         float* delta, int64_t begin, int64_t end);
+  // product [tokens, outputs]: left [tokens, columns] times right [outputs, columns] transposed, summed as int32, times
+  // the scales of both rows. Here [begin, end) are rows of `right`.
+  void (*multiply_int8)(const int8_t* left, const int8_t* right, const float* left_scale, const float* right_scale,
+                        int64_t tokens, int64_t columns, int64_t outputs, float* product, int64_t begin, int64_t end);
   // Bit streams, little end first, codes [rows, count] <-> words [rows, words_of(count, bits)].
   void (*pack_rows)(const uint8_t* codes, int64_t count, int64_t rows, int64_t bits, uint32_t* words, int64_t begin,
                     int64_t end);

@@ -1,9 +1,13 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #define QTOOL_TABLE kAvx512
 #define QTOOL_NAME "avx512"
 #define QTOOL_BYTES 64
+#define QTOOL_WIDEN(a) ((Shorts)_mm512_cvtepi8_epi16((__m256i)(a)))
+#define QTOOL_PAIRS(a, b) ((IntLanes)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #include "kernels.inc"
 #endif

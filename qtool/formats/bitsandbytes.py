@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from qtool import found
-from qtool.activations import OUTLIER
 from qtool.errors import CheckpointError, NumericalError
 from qtool.formats._stored import Read, expect, quantization_config, stored_linears
-from qtool.recipe import Scheme
+from qtool.recipe import OUTLIER_THRESHOLD, Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
 
 NAME = "bitsandbytes"
@@ -178,7 +177,8 @@ def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Se
         "_load_in_4bit": not eight, "_load_in_8bit": eight, "load_in_4bit": not eight, "load_in_8bit": eight,
         "bnb_4bit_quant_type": "fp4" if eight else scheme.grid, "bnb_4bit_use_double_quant": scheme.double_quant,
         "bnb_4bit_compute_dtype": "float32" if eight else "bfloat16", "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_threshold": OUTLIER, "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
+        "llm_int8_threshold": scheme.outlier_threshold,
+        "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
         "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
     }
 
@@ -195,8 +195,9 @@ def recognises(config: Mapping[str, Any]) -> bool:
 def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
             read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
     """Scheme and [N, K] of every 4-bit linear, from the JSON that lies beside each; raises CheckpointError."""
-    if quantization_config(config).get("load_in_8bit"):
-        return _int8_schemes(specs)
+    said = quantization_config(config)
+    if said.get("load_in_8bit"):
+        return _int8_schemes(specs, _threshold(said))
     found_schemes = {}
     for name in specs:
         linear, mark, grid = name.partition(f".{STATE}")
@@ -211,8 +212,16 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
     return found_schemes
 
 
-def _int8_schemes(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[Scheme, tuple[int, int]]]:
-    scheme = Scheme(grid=INT8, bits=8, group_size=-1, activations="outliers")
+def _threshold(said: Mapping[str, Any]) -> float:
+    threshold = said.get("llm_int8_threshold", OUTLIER_THRESHOLD)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        raise CheckpointError(f"llm_int8_threshold in the quantization_config is {threshold!r}, not a number from 0 "
+                              f"on; {OUTLIER_THRESHOLD} is the usual one")
+    return float(threshold)
+
+
+def _int8_schemes(specs: Mapping[str, TensorSpec], threshold: float) -> dict[str, tuple[Scheme, tuple[int, int]]]:
+    scheme = Scheme(grid=INT8, bits=8, group_size=-1, activations="outliers", outlier_threshold=threshold)
     shapes = {name: specs.get(f"{name}.weight") for name in stored_linears(specs, "SCB")}
     bad = [name for name, spec in shapes.items() if spec is None or len(spec.shape) != 2]
     if bad or not shapes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qtool.activations import outlier_mask
 from qtool.models.blocks import BlockArguments
 from qtool.models.statistics import InputWatch
 from qtool.models.streams import StreamStore
@@ -25,10 +26,14 @@ Run = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Survey:
-    """What the inputs of some linears look like: mean and largest |x| per channel [K], some tokens x [T, K]."""
+    """What the inputs of some linears look like: mean and largest |x| per channel [K], some tokens x [T, K].
+
+    outliers: of the tokens, the share that LLM.int8() takes for outliers, per channel [K].
+    """
 
     mean: torch.Tensor
     largest: torch.Tensor
+    outliers: torch.Tensor
     sample: torch.Tensor
 
 
@@ -50,18 +55,22 @@ class Fold:
 
 def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
            store: StreamStore, batches: Iterable[slice], device: torch.device, dtype: torch.dtype,
-           keep: int) -> dict[tuple[str, ...], Survey]:
-    """Run the block on some batches: paths of linears that share an input -> its looks, `keep` tokens of it."""
+           keep: int, threshold: float = 0.0) -> dict[tuple[str, ...], Survey]:
+    """Run the block on some batches: paths of linears that share an input -> its looks, `keep` tokens of it.
+
+    threshold: of outliers; 0: there are none.
+    """
     sums: dict[str, list[torch.Tensor]] = {}
     tokens: dict[str, int] = {}
 
     def measure(name: str, x: torch.Tensor) -> None:
         size, step = x.float().abs(), max(1, len(x) // 64)
         mean, largest, sample = size.sum(0), size.amax(0), x[::step].float()
+        outliers = outlier_mask(x.half(), threshold).sum(0, dtype=torch.float64)
         if name in sums:
             mean, largest = mean + sums[name][0], torch.maximum(largest, sums[name][1])
-            sample = torch.cat([sums[name][2], sample])[:keep]
-        sums[name], tokens[name] = [mean, largest, sample], tokens.get(name, 0) + len(x)
+            outliers, sample = outliers + sums[name][2], torch.cat([sums[name][3], sample])
+        sums[name], tokens[name] = [mean, largest, outliers, sample[:keep]], tokens.get(name, 0) + len(x)
 
     watch = InputWatch(block, prefix, linears, measure)
     try:
@@ -74,8 +83,12 @@ def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Blo
     for name in linears:
         if name in watch.leaders:
             groups.setdefault(watch.leaders[name], []).append(name.removeprefix(prefix + "."))
-    return {tuple(names): Survey(sums[leader][0] / tokens[leader], *sums[leader][1:])
-            for leader, names in groups.items() if leader in sums}
+    found = {}
+    for leader, names in groups.items():
+        if leader in sums:
+            mean, largest, outliers, sample = sums[leader]
+            found[tuple(names)] = Survey(mean / tokens[leader], largest, outliers / tokens[leader], sample)
+    return found
 
 
 def find_folds(block: nn.Module, groups: Iterable[tuple[str, ...]], run: Run) -> list[Fold]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.activations import OUTLIER, mixed_product
+from qtool.activations import mixed_product
 from qtool.activations import round_inputs as rounded
 from qtool.grids import vectorwise_int8
 from qtool.recipe import Scheme
@@ -47,16 +47,21 @@ def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme], static: Mappin
             model.get_submodule(path).register_forward_pre_hook(hook)
 
 
-def multiply_codes(model: nn.Module, linears: Mapping[str, QuantizedTensor]) -> None:
-    """From now on these linears, by path, compute as LLM.int8() does: outlier columns apart, the rest in integers."""
-    for path, tensor in linears.items():
-        module = model.get_submodule(path)
-        module.forward = _mixed(module, vectorwise_int8.signed_codes(tensor), tensor.extra["absmax"])  # type: ignore[method-assign]
+def multiply_codes(model: nn.Module, schemes: Mapping[str, Scheme],
+                   quantized: Callable[[str], QuantizedTensor]) -> None:
+    """From now on the linears of `model` named in `schemes`, where their scheme says so, compute as LLM.int8() does:
+    outlier columns apart, the rest in integers. quantized: gives the codes of one."""
+    for path, scheme in schemes.items():
+        if scheme.activations == "outliers":
+            module, tensor = model.get_submodule(path), quantized(path)
+            codes, absmax = vectorwise_int8.signed_codes(tensor), tensor.extra["absmax"]
+            module.forward = _mixed(module, codes, absmax, scheme.outlier_threshold)  # type: ignore[method-assign]
 
 
-def _mixed(module: nn.Module, codes: torch.Tensor, absmax: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _mixed(module: nn.Module, codes: torch.Tensor, absmax: torch.Tensor,
+           threshold: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        product = mixed_product(x.reshape(-1, x.shape[-1]), codes, absmax, OUTLIER)
+        product = mixed_product(x.reshape(-1, x.shape[-1]), codes, absmax, threshold)
         if isinstance(module.bias, torch.Tensor):
             product = product + module.bias
         return product.to(x.dtype).reshape(*x.shape[:-1], -1)

@@ -32,6 +32,5 @@ def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torc
                   if quantized is not None and scheme.activations == "tensor"}
         round_inputs(skeleton.model, here, static)
         if quantized is not None:
-            multiply_codes(skeleton.model, {name: quantized(stored[name]).to(device) for name, scheme in here.items()
-                                            if scheme.activations == "outliers"})
+            multiply_codes(skeleton.model, here, lambda name: quantized(stored[name]).to(device))
     return skeleton.model

@@ -1,4 +1,4 @@
-"""The arithmetic that is worth a kernel: fitting grids, choosing codes, packing bits.
+"""The arithmetic that is worth a kernel: fitting grids, choosing codes, packing bits, multiplying 8-bit integers.
 
 These wrappers are the only way in: they bring tensors into the form of the ops (float32, contiguous), check them
 (checks.py, ValueError) and call torch.ops.qtool. Scales are float32 here, whatever the file stores. The kernels run on
@@ -13,8 +13,8 @@ from qtool.ops import _library, checks
 from qtool.ops.checks import MAX_BLOCK, SCALE_TYPES
 
 __all__ = ["MAX_BLOCK", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels", "fit_affine", "fit_levels",
-           "force_instruction_set", "native_available", "pack_bits", "refine_columns", "refine_levels", "round_affine",
-           "round_levels", "solve_columns", "solve_levels", "unpack_bits"]
+           "force_instruction_set", "multiply_int8", "native_available", "pack_bits", "refine_columns", "refine_levels",
+           "round_affine", "round_levels", "solve_columns", "solve_levels", "unpack_bits"]
 _ops = torch.ops.qtool
 
 
@@ -154,6 +154,18 @@ def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Te
     checks.group_values(group_index, scale)
     checks.code_values(codes, levels)
     return _ops.refine_levels(*arguments)
+
+
+def multiply_int8(left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor,
+                  right_scale: torch.Tensor) -> torch.Tensor:
+    """float32 [T, N]: left times the transposed right, summed as int32 (exact), times the scales of both rows.
+
+    left int8 [T, K], right int8 [N, K], left_scale [T], right_scale [N]; K below 2^17.
+    """
+    arguments = (left.contiguous(), right.contiguous(), _float("left_scale", left_scale),
+                 _float("right_scale", right_scale))
+    checks.multiply_int8(*arguments)
+    return _ops.multiply_int8(*arguments)
 
 
 def pack_bits(codes: torch.Tensor, bits: int, transposed: bool = False) -> torch.Tensor:

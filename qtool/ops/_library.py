@@ -32,6 +32,7 @@ SCHEMAS = {
                     "Tensor group_index) -> (Tensor, Tensor)",
     "refine_levels": "(Tensor gradient, Tensor hessian, Tensor old_codes, Tensor scale, Tensor levels, Tensor edges, "
                      "Tensor group_index) -> (Tensor, Tensor)",
+    "multiply_int8": "(Tensor left, Tensor right, Tensor left_scale, Tensor right_scale) -> Tensor",
     "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
     "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
 }
@@ -59,6 +60,10 @@ def _pair(weight, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
 
 
+def _product(left, right, *_):  # type: ignore[no-untyped-def]
+    return left.new_empty((left.shape[0], right.shape[0]), dtype=torch.float32)
+
+
 def _pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     shape = (checks.words(rows, bits), columns) if transposed else (rows, checks.words(columns, bits))
@@ -73,7 +78,8 @@ def _unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-def]
 SHAPES: dict[str, Callable[..., Any]] = {
     "fit_affine": _fit, "round_affine": _codes, "dequantize_affine": _values, "solve_columns": _pair,
     "refine_columns": _pair, "fit_levels": _fit_levels, "round_levels": _codes, "dequantize_levels": _values,
-    "solve_levels": _pair, "refine_levels": _pair, "pack_bits": _pack, "unpack_bits": _unpack,
+    "solve_levels": _pair, "refine_levels": _pair, "multiply_int8": _product, "pack_bits": _pack,
+    "unpack_bits": _unpack,
 }
 
 

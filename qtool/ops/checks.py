@@ -12,6 +12,7 @@ MAX_BLOCK = 256  # columns of solve_columns and refine_columns, kMaxColumns in c
 # ScaleType there; the last two only for grids of levels
 SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu)
 MAX_LEVELS = 256
+MAX_PRODUCTS = 1 << 17  # of two signed bytes, whose sum fits into 32 bits
 
 
 def words(count: int, bits: int) -> int:
@@ -98,6 +99,19 @@ def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torc
     matrix("codes", old_codes, torch.uint8)
     levels(values, edges)
     block(gradient, old_codes, hessian, scale, None, group_index)
+
+
+def multiply_int8(left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor,
+                  right_scale: torch.Tensor) -> None:
+    matrix("left", left, torch.int8)
+    matrix("right", right, torch.int8)
+    columns = left.shape[1]
+    require(columns == right.shape[1], f"left {shape(left)} and right {shape(right)} have other numbers of columns")
+    require(columns < MAX_PRODUCTS, f"sums over {columns} columns may not fit into 32 bits")
+    for name, scale, rows in (("left_scale", left_scale, left), ("right_scale", right_scale, right)):
+        require(scale.shape == rows.shape[:1] and scale.dtype == torch.float32,
+                f"{name} is {scale.dtype} {shape(scale)}, not float32 [{rows.shape[0]}]")
+    one_device(left, right, left_scale, right_scale)
 
 
 def pack_bits(codes: torch.Tensor, bits: int, transposed: bool) -> None:

@@ -122,6 +122,12 @@ def refine_columns(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: tor
     return codes, delta
 
 
+def multiply_int8(left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor,
+                  right_scale: torch.Tensor) -> torch.Tensor:
+    sums = left.double() @ right.double().T  # float64 holds sums of such products exactly
+    return sums.float() * (left_scale[:, None] * right_scale)
+
+
 def pack_bits(codes: torch.Tensor, bits: int, transposed: bool) -> torch.Tensor:
     if transposed:
         return pack_bits(codes.t(), bits, False).t().contiguous()

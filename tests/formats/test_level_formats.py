@@ -189,5 +189,29 @@ def test_the_mixed_product() -> None:
     theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x, rounded, codes, rows, absmax, columns, None)
     ours = mixed_product(x, codes, absmax, 6.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))
+    rounded, rows, columns = functional.int8_vectorwise_quant(x.half(), threshold=0.0)
+    assert columns is None  # nothing is set apart
+    theirs = torch.ops.bitsandbytes.int8_scaled_mm(rounded, codes, rows, absmax, dtype=torch.float32)
+    torch.testing.assert_close(mixed_product(x, codes, absmax, 0.0), theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))
     exact = x @ (codes.float() * absmax[:, None] / 127).T
     assert (ours - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(("said", "threshold"), [({"llm_int8_threshold": 4.5}, 4.5), ({"llm_int8_threshold": 0}, 0.0),
+                                                 ({}, 6.0)])
+def test_the_threshold_of_a_checkpoint(said: dict[str, Any], threshold: float) -> None:
+    """As another program wrote it, 6.0 where it said nothing; and back again."""
+    module, scheme = formats.load(BNB), SCHEMES["llm-int8"][1]
+    specs = InMemory(module.pack(NAME, answer(scheme, weights(4, 64, torch.bfloat16), BNB))).specs
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, **said}}
+    [(found_scheme, shape)] = module.schemes(config, specs).values()
+    assert found_scheme == scheme.model_copy(update={"outlier_threshold": threshold}) and shape == (4, 64)
+    assert module.config({NAME: found_scheme}, [])["llm_int8_threshold"] == threshold
+
+
+@pytest.mark.parametrize("threshold", ["6.0", None, True, -1.0, float("nan"), float("inf")])
+def test_a_threshold_that_is_none(threshold: Any) -> None:
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True,
+                                      "llm_int8_threshold": threshold}}
+    with pytest.raises(CheckpointError, match="llm_int8_threshold in the quantization_config is"):
+        formats.load(BNB).schemes(config, {})

@@ -126,8 +126,7 @@ def expected(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype =
     shutil.rmtree(path)
     source = decode.open_model(str(model))
     round_inputs(network, source.schemes)
-    multiply_codes(network, {name: source.read_quantized(name) for name, scheme in source.schemes.items()
-                             if scheme.activations == "outliers"})
+    multiply_codes(network, source.schemes, source.read_quantized)
     with torch.no_grad():
         return network(torch.tensor([IDS])).logits[0].float()
 

@@ -30,7 +30,7 @@ class Run:
         self.names = list(loaded.skeleton.block_linears(0))
         self.store, self.arguments = loaded.captured(ids, BATCHES)
         self.surveys = folds.survey(self.block, PREFIX, self.names, self.arguments, 0, self.store, BATCHES, CPU,
-                                    torch.float32, 40)
+                                    torch.float32, 40, 1.5)
         self.folds = folds.find_folds(self.block, self.surveys, self)
 
     @torch.inference_mode()
@@ -66,6 +66,7 @@ def test_a_survey(checkpoint, ids):
         x = loaded.block(0).get_submodule("input_layernorm")(run.store.read(slice(0, 5))).flatten(0, 1)
     torch.testing.assert_close(found.mean, x.abs().mean(0))
     torch.testing.assert_close(found.largest, x.abs().amax(0))
+    assert torch.equal(found.outliers, (x.half().abs() >= 1.5).double().mean(0)) and 0 < found.outliers.max() < 1
     assert found.sample.shape == (40, x.shape[1])
     assert all(bool((row == x).all(1).any()) for row in found.sample)
 

@@ -34,6 +34,13 @@ def codes(rows: int, columns: int, bits: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 2**bits, (rows, columns), generator=generator(seed), dtype=torch.uint8)
 
 
+def signed_codes(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """int8, both ends among them."""
+    made = torch.randint(-128, 128, (rows, columns), generator=generator(seed), dtype=torch.int8)
+    made[:, ::7], made[:, 1::11] = -128, 127
+    return made
+
+
 def grid(rows: int, groups: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales of both signs and any zero points, [rows, groups]."""
     zero = codes(rows, groups, bits, 4)

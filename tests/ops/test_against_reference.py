@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool import ops
-from qtool.ops import reference, reference_levels
+from qtool.ops import checks, reference, reference_levels
 from tests.ops import cases
 
 ROWS, BITS, GROUPS = st.integers(0, 40), st.integers(2, 8), st.integers(1, 4)
@@ -177,6 +177,29 @@ def test_refine_levels(device: str, rows: int, columns: int, groups: int, count:
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
+@given(tokens=st.integers(0, 70), outputs=st.integers(0, 70), columns=st.integers(0, 300))
+@anything
+def test_multiply_int8(device: str, tokens: int, outputs: int, columns: int) -> None:
+    arguments = (cases.signed_codes(tokens, columns), cases.signed_codes(outputs, columns, 1),
+                 cases.weights(tokens, 1)[:, 0], cases.weights(outputs, 1, 2)[:, 0])
+    actual = ops.multiply_int8(*(tensor.to(device) for tensor in arguments))
+    assert cases.same(actual, reference.multiply_int8(*arguments))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_multiply_int8_at_the_end_of_32_bits(device: str) -> None:
+    """The largest sum that there can be, where float32 would have lost digits on the way."""
+    columns = checks.MAX_PRODUCTS - 1
+    left, right = torch.full((1, columns), -128, dtype=torch.int8), torch.full((3, columns), -128, dtype=torch.int8)
+    right[1], right[2, 0] = 127, -127
+    one = torch.ones(3, device=device)
+    sums = [columns * 128 * 128, -columns * 128 * 127, columns * 128 * 128 - 128]
+    assert sums[0] < 2**31
+    actual = ops.multiply_int8(left.to(device), right.to(device), one[:1], one)
+    assert cases.same(actual, torch.tensor([sums], dtype=torch.float64).float())
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
 @given(bits=BITS, other=st.integers(0, 9), count=st.integers(0, 150), transposed=st.booleans(),
        seed=st.integers(0, 99))
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -199,7 +222,10 @@ def test_any_strides(device: str) -> None:
     levels = tuple(one.to(device).repeat_interleave(2)[::2] for one in cases.levels(16))
     words = ops.pack_bits(codes, 4)
     spread = words.repeat_interleave(3, 1)[:, ::3]
+    left, right = cases.signed_codes(40, 96).t().to(device), cases.signed_codes(60, 80)[::3, ::2].to(device)
+    rows = cases.weights(96, 2)[:, 0].to(device), cases.weights(20, 2)[:, 1].to(device)
     calls = [
+        (ops.multiply_int8, (left, right, *rows)),
         (ops.fit_affine, (weight, weighting, 32, 4, True, torch.float16)),
         (ops.round_affine, (weight, *wide, 32, 4)), (ops.dequantize_affine, (codes, *wide, 32)),
         (ops.solve_columns, (weight, other, square, *wide, index, 4)),

@@ -163,3 +163,20 @@ def test_levels(kernel: Callable[..., None], count: int) -> None:
         kernel("refine_levels", weight, hessian, old, scale, levels, index, columns, 3, codes, change, rows)
         moved = reference_levels.refine_levels(weight, hessian, old, scale, values, edges, index)
         assert torch.equal(codes, moved[0]) and torch.equal(change, moved[1])
+
+
+@pytest.mark.parametrize("columns", [0, 1, 4, 63, 64, 130])
+def test_multiply_int8(kernel: Callable[..., None], columns: int) -> None:
+    for tokens, outputs in ((1, 1), (64, 64), (65, 3), (7, 130), (0, 5), (5, 0)):
+        left, right = cases.signed_codes(tokens, columns), cases.signed_codes(outputs, columns, 1)
+        scales, product = (random(tokens), random(outputs, seed=1)), torch.full((tokens, outputs), torch.nan)
+        kernel("multiply_int8", left, right, *scales, tokens, columns, outputs, product, outputs)
+        assert torch.equal(product, reference.multiply_int8(left, right, *scales))
+
+
+def test_multiply_int8_off_the_words(kernel: Callable[..., None]) -> None:
+    """Rows that begin at no multiple of four bytes, though their length is one."""
+    codes = cases.signed_codes(1, 1 + 5 * 64).flatten()[1:].reshape(5, 64)
+    scale, product = random(5), torch.empty(5, 5)
+    kernel("multiply_int8", codes, codes, scale, scale, 5, 64, 5, product, 5)
+    assert torch.equal(product, reference.multiply_int8(codes, codes, scale, scale))

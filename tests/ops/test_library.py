@@ -34,6 +34,7 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "dequantize_levels": (codes, scale, cases.levels(16)[0], 32),
         "solve_levels": (weight, weight, square, scale, *cases.levels(16), index),
         "refine_levels": (weight, square, codes, scale, *cases.levels(16), index),
+        "multiply_int8": (cases.signed_codes(5, 64), cases.signed_codes(8, 64, 1), weighting[:5], weighting[:8]),
         "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
     }
     return {name: tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in given)
@@ -75,6 +76,12 @@ BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
     (lambda: ops.round_levels(torch.ones(2, 32), ONE, torch.ones(4), torch.ones(4), 32), r"levels \[4\], edges \[4\]"),
     (lambda: ops.round_levels(torch.ones(2, 32), ONE, torch.ones(257), torch.ones(256), 32), r"levels \[257\]"),
     (lambda: ops.dequantize_levels(BYTE.expand(2, 32) * 4, ONE, torch.ones(4), 32), "code 4 for 4 levels"),
+    (lambda: ops.multiply_int8(BYTE, BYTE, ONE[:, 0], ONE[:, 0]), "left is torch.uint8, not torch.int8"),
+    (lambda: ops.multiply_int8(BYTE.char(), BYTE.char().t(), ONE[:, 0], ONE[0]), "other numbers of columns"),
+    (lambda: ops.multiply_int8(BYTE.char(), BYTE.char(), ONE, ONE[:, 0]), r"left_scale is .* not float32 \[2\]"),
+    (lambda: ops.multiply_int8(BYTE.char(), BYTE.char(), ONE[:, 0], ONE[0]), r"right_scale is .* not float32 \[2\]"),
+    (lambda: ops.multiply_int8(BYTE.char(), BYTE.char(), ONE[:, 0], ONE[:, 0].to("meta")), "different devices"),
+    (lambda: ops.multiply_int8(*[BYTE.char()[:1].expand(1, 1 << 17)] * 2, ONE[0], ONE[0]), "may not fit into 32 bits"),
     (lambda: ops.pack_bits(torch.ones(3, dtype=torch.uint8), 4), "two dimensions"),
     (lambda: ops.pack_bits(torch.ones(3, 3), 4), "codes is torch.float32"),
     (lambda: ops.unpack_bits(torch.ones(3, 2, dtype=torch.int32), 4, 99), "2 words cannot hold 99"),

@@ -43,6 +43,8 @@ def everything(rows: int, columns: int, group: int, bits: int) -> list[torch.Ten
         solved = ops.solve_levels(weight, 0.1 * weight, 0.1 * square, scale, levels, edges, groups)
         refined = ops.refine_levels(weight - solved[1], square, codes, scale, levels, edges, groups)
         results += [scale, codes, ops.dequantize_levels(codes, scale, levels, group), *solved, *refined]
+    results.append(ops.multiply_int8(cases.signed_codes(rows, columns), cases.signed_codes(rows + 3, columns, 1),
+                                     weight[:, 0], cases.importance(rows + 3)))
     return results
 
 

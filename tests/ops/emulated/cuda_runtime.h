@@ -101,6 +101,13 @@ template <class Value>
 Value __shfl_sync(unsigned, Value value, int source) { return emulated::shuffle(value, source); }
 template <class Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) { return emulated::shuffle(value, (threadIdx.x % 32) ^ mask); }
+inline int __dp4a(int left, int right, int sum) {
+  int8_t a[4], b[4];
+  std::memcpy(a, &left, 4);
+  std::memcpy(b, &right, 4);
+  for (int i = 0; i < 4; ++i) sum += a[i] * b[i];
+  return sum;
+}
 inline int __float_as_int(float value) {
   int bits;
   std::memcpy(&bits, &value, 4);
