@@ -75,7 +75,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether text is run through the model."""
-        return self.solves_on_text or self.recipe.measures_ranges
+        return self.recipe.measures_ranges or any(module.CALIBRATED for module, _ in self.steps)
 
     @property
     def solves_on_text(self) -> bool:
