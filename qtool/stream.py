@@ -22,6 +22,7 @@ from qtool.plan import Plan, Stage
 from qtool.workspace import Workspace
 
 RANGE_TOKENS = 2048  # that a static scale of integers is chosen on
+TRIAL_TOKENS = 2048  # that a change to a block is tried on
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,16 @@ class Stream:
         return folds.survey(block, plan.skeleton.blocks[index], [linear.name for linear in stage.linears],
                             self.arguments, index, self.stores[0], batches, plan.device, plan.compute_dtype, tokens,
                             threshold)
+
+    @torch.inference_mode()
+    def trial(self, block: torch.nn.Module, stage: Stage) -> torch.Tensor:
+        """The output of the block on the first fitting samples, TRIAL_TOKENS of them or a batch."""
+        index, plan = stage.block or 0, self.plan
+        fitting = [batch for batch in self.batches if batch.start not in self.held_out]
+        length = plan.recipe.calibration.sequence_length
+        some = [batch for batch in fitting if (batch.stop - fitting[0].start) * length <= TRIAL_TOKENS] or fitting[:1]
+        return torch.cat([statistics.run_block(block, self.arguments, index, self.stores[0], batch, plan.device,
+                                               plan.compute_dtype) for batch in some])
 
     def folds(self, block: torch.nn.Module, stage: Stage, groups: Iterable[tuple[str, ...]]) -> list[folds.Fold]:
         """Which of these groups can have their input channels scaled; looked for once for blocks of the same make."""

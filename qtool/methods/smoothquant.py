@@ -35,8 +35,8 @@ def run(layer: Layer, options: Options) -> Layer:
     return layer
 
 
-def input_scale(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample: torch.Tensor,
-                options: Options) -> tuple[torch.Tensor, dict[str, float]]:
+def input_scales(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample: torch.Tensor,
+                 options: Options) -> list[tuple[torch.Tensor, dict[str, float]]]:
     """The scale of each input channel [K], and what the manifest should tell. Arguments: see awq."""
     weights = layer.weight.abs().amax(0).clamp_min(1e-8)
     tried = TRIED if options.strength == "search" else (float(options.strength),)
@@ -44,7 +44,7 @@ def input_scale(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample:
     if options.strength == "search":
         candidates[0.0] = torch.ones_like(largest)  # as it is
     chosen = min(candidates, key=lambda power: (_error(layer, candidates[power], sample), power))
-    return candidates[chosen], {"smoothquant": chosen}
+    return [(candidates[chosen], {"smoothquant": chosen})]
 
 
 def _scale(largest: torch.Tensor, weights: torch.Tensor, power: float) -> torch.Tensor:

@@ -8,7 +8,8 @@ looked up: random s, same output. Sources: AWQ (arXiv 2306.00978), SmoothQuant (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -207,14 +208,23 @@ def _holds(block: nn.Module, fold: Fold, run: Run, expected: torch.Tensor) -> bo
     paths = [f"{fold.source}.weight", *(f"{path}.weight" for path in fold.consumers)]
     if fold.linear and _linear(block, fold.source).bias is not None:
         paths.append(f"{fold.source}.bias")
-    saved: Mapping[str, torch.Tensor] = {path: block.get_parameter(path).data.clone() for path in paths}
     columns = _linear(block, fold.consumers[0]).in_features
     generator = torch.Generator().manual_seed(0)
     scale = tied(fold, torch.rand(columns, generator=generator) + 0.5).to(expected.device)
-    apply(block, fold, scale, saved.__getitem__, torch.float32)
-    try:
+    with replaced(block, {path: block.get_parameter(path).data.clone() for path in paths}) as before:
+        apply(block, fold, scale, before.__getitem__, torch.float32)
         off = (run() - expected).abs().max()
-    finally:
-        for path, tensor in saved.items():
-            block.get_parameter(path).data.copy_(tensor)
     return bool(off <= TOLERANCE * expected.float().std())
+
+
+@contextlib.contextmanager
+def replaced(block: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """For a while these parameters (by path) have other values; gives what they were."""
+    before = {path: block.get_parameter(path).data.clone() for path in values}
+    try:
+        for path, value in values.items():
+            block.get_parameter(path).data.copy_(value)
+        yield before
+    finally:
+        for path, tensor in before.items():
+            block.get_parameter(path).data.copy_(tensor)
