@@ -12,7 +12,7 @@ from qtool.hadamard import Rotation
 from qtool.models.blocks import Read
 from qtool.models.skeleton import Skeleton
 
-PIECE = 1 << 20  # elements that are in float64 at one time
+PIECE = 1 << 17  # elements that are in float64 at one time; more would leave the caches
 
 
 @dataclass(frozen=True)
