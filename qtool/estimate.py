@@ -15,6 +15,7 @@ import torch
 
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe
+from qtool.tensors import any_number
 
 if TYPE_CHECKING:
     from qtool.plan import Stage
@@ -35,6 +36,7 @@ class Work:
     samples: int
     calibrated: bool
     float_share: float
+    rotated: bool
 
     @property
     def streams(self) -> int:
@@ -59,8 +61,10 @@ def memory(work: Work) -> dict[str, int]:
     base = resident()
     largest = max((spec.nbytes for stage in work.stages for spec in stage.outputs), default=0)
     solve = max((_solving(*linear.shape, work) for stage in work.stages for linear in stage.linears), default=0)
+    trial = max(_trial(work.skeleton, index) for index in range(len(work.skeleton.blocks))) if work.rotated else 0
     if not work.calibrated:
-        return {"runtime": base, "tensor": largest, "solve": solve, "peak": base + max(largest, solve)}
+        return {"runtime": base, "tensor": largest, "solve": solve, "trial": trial,
+                "peak": base + max(largest, solve, trial)}
     compute = work.compute_dtype.itemsize
     blocks = [_block(stage, work) for stage in work.stages if stage.block is not None]
     weights, statistics, solve, forward, source = (max(values) for values in zip(*blocks, strict=True))
@@ -70,7 +74,13 @@ def memory(work: Work) -> dict[str, int]:
     running = weights + source + max(statistics + forward, solve)
     return {"runtime": base, "stream": stream, "weights": weights, "statistics": statistics, "solve": solve,
             "forward": forward, "read_ahead": source, "embedding": embedding, "kept_in_files": _kept(work),
-            "peak": base + held + max(running, embedding + largest)}
+            "trial": trial, "peak": base + max(held + max(running, embedding + largest), trial)}
+
+
+def _trial(skeleton: Skeleton, index: int) -> int:
+    """A block in float32 on which rotations are tried; its experts share the weights of the first."""
+    shapes = {any_number(name): skeleton.parameters[name] for name in skeleton.block_parameters(index)}
+    return 4 * sum(map(math.prod, shapes.values()))
 
 
 def _kept(work: Work) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from qtool import found, manifest, ops, quality
 from qtool.decode import Source
 from qtool.errors import CheckpointError, InputError, ModelError
 from qtool.recipe import Scheme
-from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec, all_finite
+from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec, all_finite, any_number
 
 SCHEMA = 1
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
@@ -82,9 +81,10 @@ def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]
     names = list(source.schemes) or [name.removesuffix(".weight") for name, spec in source.specs.items()
                                      if len(spec.shape) == 2 and name.endswith(".weight")]
     sizes, place = _linear_bytes(source), {name: index for index, name in enumerate(recorded)}
+    rotated = _rotation(record)["tensors"]
     rows = []
     for name in sorted(names, key=lambda name: (place.get(name, len(place)), _natural(name))):
-        known = recorded.get(name, {})
+        known = {**({"rescaled": True} if any_number(name + ".weight") in rotated else {}), **recorded.get(name, {})}
         shape = source.specs[name + ".weight"].shape
         scheme = source.schemes.get(name)
         count = sizes.get(name) or source.checkpoint.specs[name + ".weight"].nbytes
@@ -106,11 +106,14 @@ def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step
 
     Returns which of the other tensors differ. Raises InputError when the two are not the same architecture.
     """
-    _refuse_other_model(source, base)
+    untied = _rotation(record_of(source))["untied"]
+    _refuse_other_model(source, base, untied)
     names = {row["stored"] + ".weight": row for row in rows}
     changed, equal = [], 0
     for done, name in enumerate(source.specs):
         step(done, len(source.specs), name)
+        if name in untied:  # the original has it in its embedding
+            continue
         original = base.read(name)
         if name not in names:
             same = torch.equal(original.to(source.specs[name].dtype), source.read(name))
@@ -118,7 +121,7 @@ def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step
             changed += [] if same else [name]
             continue
         row, weight = names[name], original.float()
-        if row.get("rescaled"):  # its channels were scaled, the inverse lies in another tensor: no like for like
+        if row.get("rescaled"):  # scaled or rotated, the inverse lies in another tensor: no like for like
             continue
         error = quality.weight_error(weight, weight - dense(source, row["stored"]))
         row["recorded_weight_error"] = row["weight_error"]
@@ -230,7 +233,7 @@ def _not_quantized(source: Source, record: dict[str, Any] | None) -> list[dict[s
     for name, spec in source.specs.items():
         if name.removesuffix(".weight") not in source.schemes:
             vector = len(spec.shape) < 2
-            pattern = re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight"))
+            pattern = any_number(name.removesuffix(".weight"))
             if vector:
                 pattern = "biases" if name.endswith("bias") else "norms"
             groups.setdefault((pattern, _reason(source, spec, reasons), dtype_name(spec.dtype)), []).append(spec)
@@ -281,14 +284,19 @@ def _made_by(record: dict[str, Any] | None) -> dict[str, Any] | None:
             "tokens": used.get("samples", 0) * used.get("sequence_length", 0)}
 
 
-def _refuse_other_model(source: Source, base: Source) -> None:
-    missing = sorted(set(source.specs) ^ set(base.specs))
+def _rotation(record: dict[str, Any] | None) -> dict[str, list[str]]:
+    """What a manifest says of rotated tensors; empty lists where none were."""
+    return (record or {}).get("rotation") or {"tensors": [], "untied": []}
+
+
+def _refuse_other_model(source: Source, base: Source, untied: list[str]) -> None:
+    missing = sorted((set(source.specs) ^ set(base.specs)) - set(untied))
     if missing:
         where = base.origin if missing[0] not in base.specs else source.origin
         raise InputError(f"{source.origin} and {base.origin} are not the same architecture: {missing[0]} "
                          f"({len(missing)} tensors in all) is not in {where}; give the model that it was made from")
     for name, spec in source.specs.items():
-        if spec.shape != base.specs[name].shape:
+        if name in base.specs and spec.shape != base.specs[name].shape:
             raise InputError(f"{name} has shape {list(spec.shape)} in {source.origin}, but "
                              f"{list(base.specs[name].shape)} in {base.origin}; give the model that it was made from")
 

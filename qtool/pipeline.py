@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 
 import qtool
-from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality
+from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
@@ -66,8 +66,8 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
         writer = ShardWriter(work.folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
         done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
         progress.start(plan.blocks, done)
-        job = Job(checkpoint, plan, writer, progress)
-        stream = Stream.open(plan, checkpoint.read, tokens, work) if tokens is not None else None
+        job = Job(rotate.view(checkpoint, plan.rotated), plan, writer, progress)
+        stream = Stream.open(plan, job.checkpoint.read, tokens, work) if tokens is not None else None
         for stage, weights in _read_ahead(job, work.finished):
             began = time.monotonic()
             layers = _do_stage(job, stage, weights, stream)
@@ -161,7 +161,8 @@ def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats
     for step, options in plan.steps:
         layer = step.run(layer, options)
     if layer.quantized is None:
-        raise PlanError(f"no step of {plan.recipe.method} chooses codes; end the recipe's steps with rtn or gptq")
+        raise PlanError(f"no step of {plan.recipe.method} chooses codes; end the recipe's steps with rtn or gptq "
+                        "(rotate alone goes with --format hf: dense weights)")
     records, start = [], 0
     for linear in group:
         stop = start + linear.shape[0]
@@ -200,6 +201,7 @@ def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: t
         "relative_error": _rounded(in_outputs), "weight_error": _rounded(in_weights), "sqnr_db": _rounded(ratio),
         "tokens": stats.tokens if stats else 0, "held_out_tokens": stats.held_out.tokens if stats else 0,
         "pooled": bool(stats and stats.pooled), "solved_together": solved_together, **layer.notes,
+        **({"rescaled": True} if plan.rotated and f"{linear.stored}.weight" in plan.rotated.changes else {}),
     }
 
 
@@ -290,13 +292,13 @@ def _finish(job: Job, work: Workspace, identity: dict[str, Any]) -> dict[str, An
     for path in job.checkpoint.companions():
         shutil.copyfile(path, work.folder / path.name)
     manifest.write_json(work.folder / "config.json", config)
-    for name, content in plan.format.extra_files(config["quantization_config"]).items():
+    for name, content in plan.format.extra_files(config.get("quantization_config", {})).items():
         manifest.write_json(work.folder / name, content)
     scratch = {"journal.jsonl", "lock"}
     hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
               if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}
     parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
-    result = {**identity, "format": plan.format.NAME, "layers": layers,
+    result = {**identity, "format": plan.format.NAME, "layers": layers, "rotation": rotate.describe(plan.rotated),
               "kept": [{"name": name, "reason": reason} for name, reason in plan.kept], "outputs": hashes,
               "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
     text = card.text(result, plan.format.LOADERS)
@@ -313,7 +315,10 @@ def _config(job: Job) -> dict[str, Any]:
     schemes = {linear.stored: linear.scheme for linear in plan.linears}
     steps = [next(iter(step)) for step in plan.recipe.steps]
     quantization = plan.format.config(schemes, skipped, steps)
-    config["quantization_config"] = plan.format.with_kv_cache(quantization) if plan.recipe.kv_cache else quantization
+    if plan.recipe.kv_cache:
+        quantization = plan.format.with_kv_cache(quantization)
+    if quantization:  # dense weights have none
+        config["quantization_config"] = quantization
     if plan.recipe.dtype != "auto":
         config["dtype"] = plan.recipe.dtype
         config.pop("torch_dtype", None)

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from qtool import estimate, found
+from qtool import estimate, found, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
 from qtool.models import outline
 from qtool.models import skeleton as skeletons
 from qtool.models.blocks import choose_compute_dtype
+from qtool.models.rotations import Rotated
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe, Scheme
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
@@ -64,6 +65,7 @@ class Plan:
     samples: int
     skeleton: Skeleton
     steps: tuple[tuple[ModuleType, Any], ...]
+    rotated: Rotated | None
     format: ModuleType
     stages: tuple[Stage, ...]
     kept: tuple[tuple[str, str], ...]
@@ -132,6 +134,7 @@ class Plan:
             "linears": [{"name": one.name, "shape": list(one.shape), "scheme": one.scheme.model_dump(),
                          "block": one.block} for one in self.linears],
             "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
+            "rotation": rotate.describe(self.rotated),
             "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
             "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
             "peak_memory": self.peak_memory, "memory": self.memory, "seconds": self.seconds,
@@ -143,32 +146,43 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     target = _device(device)
     format_ = found.load("formats", recipe.format)
     steps = tuple(_step(entry) for entry in recipe.steps)
+    rotating = rotate.wanted(steps)
     described = checkpoint.directory, checkpoint.config, checkpoint.specs
     calibrated = recipe.measures_ranges or any(module.CALIBRATED for module, _ in steps)
-    skeleton = (None if calibrated else outline.build(*described)) or skeletons.build(*described)
+    skeleton = (None if calibrated or rotating else outline.build(*described)) or skeletons.build(*described)
+    rotated = rotate.find(skeleton, rotating, recipe.seed) if rotating else None
+    skeleton = rotated.skeleton if rotated else skeleton
     model_dtype = _model_dtype(recipe, checkpoint)
-    linears, kept = _match(recipe, skeleton)
+    linears, kept = ([], []) if _stays_dense(steps, recipe) else _match(recipe, skeleton)
     recipe, linears = _settle_groups(recipe, linears)
     _check(linears, format_)
     attentions = _attentions(skeleton, format_) if recipe.kv_cache else []
-    stages = _stages(skeleton, checkpoint, linears, attentions, format_, model_dtype, recipe.dtype != "auto")
+    stages = _stages(skeleton, rotate.view(checkpoint, rotated), linears, attentions, format_, model_dtype,
+                     recipe.dtype != "auto")
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
-                         float_share(steps))
+                         float_share(steps), rotated is not None)
     return Plan(
         origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
         model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
-        skeleton=skeleton, steps=steps, format=format_, stages=stages, kept=tuple(kept),
+        skeleton=skeleton, steps=steps, rotated=rotated, format=format_, stages=stages, kept=tuple(kept),
         warnings=tuple(_warnings(linears, format_)),
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
         memory=estimate.memory(work), seconds=estimate.seconds(work),
     )
 
 
+def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> bool:
+    """Whether the recipe only rotates and its format holds dense weights, so that no linear is quantized."""
+    return recipe.format == "hf" and all(getattr(module, "ROTATES", False) for module, _ in steps)
+
+
 def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
     method, label = recipe.preset or recipe.method, recipe.scheme.label
+    if recipe.format == "hf":
+        return Path(f"{checkpoint.name}-{method}")
     return Path(f"{checkpoint.name}-{label if label.startswith(method + '-') else f'{method}-{label}'}")
 
 

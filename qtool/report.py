@@ -52,11 +52,12 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
         length = recipe["calibration"]["sequence_length"]
         method += f", calibrated on {data['samples']} × {length} tokens of {recipe['calibration']['source']}"
     rows.append(("method", method))
+    rows += _rotated(data["rotation"])
     rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
     rows += [("kept" if not index else "", line) for index, line in enumerate(_kept(data["kept"]))]
     rows.append(("size", f"{size(data['source_bytes'])} → {size(data['weight_bytes'])} "
-                         f"({percent(data['weight_bytes'] / max(data['source_bytes'], 1))}), "
-                         f"{data['bits_per_weight']:.4g} bits per quantized weight"))
+                         f"({percent(data['weight_bytes'] / max(data['source_bytes'], 1))})"
+                         f"{_bits(data['bits_per_weight'])}"))
     rows.append(("memory", f"{size(data['peak_memory'])} at most"))
     rows.append(("disk", size(data["disk_bytes"])))
     rows.append(("device", f"{data['device']}, computing in {data['compute_dtype']}"))
@@ -94,8 +95,9 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float) -> Renderab
     rows: list[tuple[str, str | Text]] = [
         ("to", Text(out, style="bold green")),
         ("size", f"{size(totals['source_bytes'])} → {size(totals['weight_bytes'])} "
-                 f"({percent(totals['weight_bytes'] / max(totals['source_bytes'], 1))}), "
-                 f"{totals['bits_per_weight']:.4g} bits per quantized weight"),
+                 f"({percent(totals['weight_bytes'] / max(totals['source_bytes'], 1))})"
+                 f"{_bits(totals['bits_per_weight'])}"),
+        *_rotated(manifest["rotation"]),
     ]
     kind, errors = errors_of(manifest["layers"])
     if errors:
@@ -107,7 +109,22 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float) -> Renderab
             rows.append(("note", Text(f"{len(names)} linears {text}: {', '.join(names[:3])}"
                                       f"{' ...' if len(names) > 3 else ''}", style="yellow")))
     rows.append(("time", span(seconds)))
-    return facts(f"Quantized {len(manifest['layers'])} linears", rows)
+    done = f"Quantized {len(manifest['layers'])} linears" if manifest["layers"] else "Rotated, not quantized"
+    return facts(done, rows)
+
+
+def _bits(bits: float | None) -> str:
+    return f", {bits:.4g} bits per quantized weight" if bits else ""
+
+
+def _rotated(rotation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the rotate step does."""
+    if not rotation:
+        return []
+    parts = [f"residual stream by {rotation['residual']}"] if rotation["residual"] else []
+    parts += [f"heads by {one}" for one in rotation["heads"]]
+    parts += [f"{name} no longer shares the embedding" for name in rotation["untied"]]
+    return [("rotated", ", ".join(parts))]
 
 
 def errors_of(layers: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, str]]]:

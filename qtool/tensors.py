@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -104,6 +105,11 @@ class CalibrationStats:
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite: the ends of the range tell, in one pass and without a mask of its size."""
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
+
+
+def any_number(name: str) -> str:
+    """The name of a tensor with * for the numbers of blocks and experts."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def group_count(columns: int, group_size: int) -> int:
