@@ -30,7 +30,7 @@ def load(path: Path) -> torch.nn.Module:
     source = decode.open_model(str(path))
     made = skeleton.build(source.directory, source.config, source.specs)
     return load_model(made, source.read, torch.device("cpu"), torch.float32, source.schemes,
-                      source.read_quantized)
+                      source.read_quantized, source.cache_scales())
 
 
 @torch.inference_mode()

@@ -70,6 +70,22 @@ class Source:
         scheme, shape = self._linears[linear_name]
         return self.format.unpack(linear_name, self._read_stored, scheme, shape, self._stored_config)
 
+    def cache_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Attention module -> float32 [1] scales of the keys and values that it keeps; empty where there are none.
+
+        Raises CheckpointError for one that is no positive number.
+        """
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        first, second = getattr(self.format, "KV_SCALES", ("", ""))
+        for name in self.checkpoint.specs if first else ():
+            module, _, last = name.rpartition(".")
+            if last == first and f"{module}.{second}" in self.checkpoint.specs:
+                keys, values = (self.checkpoint.read(f"{module}.{one}").float().reshape(-1) for one in (first, second))
+                if any(one.numel() != 1 or not 0 < float(one) < float("inf") for one in (keys, values)):
+                    raise CheckpointError(f"{module}: {first} and {second} are no positive numbers; the file is damaged")
+                found[module] = keys, values
+        return found
+
     def weight_bytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(spec.nbytes for spec in self.checkpoint.specs.values())

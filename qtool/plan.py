@@ -319,11 +319,11 @@ def _attentions(skeleton: Skeleton, format_: ModuleType) -> list[str]:
                         "leave kv_cache out")
     attentions = []
     for index, block in enumerate(skeleton.blocks):
-        keys = [name for name in skeleton.block_linears(index) if name.rpartition(".")[2] in ("k_proj", "qkv_proj")]
-        if len(keys) != 1:
+        attention = skeleton.attention(index)
+        if attention is None:
             raise PlanError(f"kv_cache: {block} has no linear called k_proj or qkv_proj, so where its keys and values "
                             "come from is not known; leave kv_cache out")
-        attentions.append(skeleton.source(keys[0] + ".weight").removesuffix(".weight").rpartition(".")[0])
+        attentions.append(attention[1])
     return attentions
 
 

@@ -141,7 +141,7 @@ class Stream:
             self._tracks.append(self._track(copy.deepcopy(block), "float"))
         prefix = self.plan.skeleton.blocks[index] + "."
         inputs.round_inputs(block, {one.name.removeprefix(prefix): one.scheme for one in stage.linears},
-                            {name.removeprefix(prefix): scale.to(self.plan.device) for name, scale in static.items()})
+                            lambda path: static[prefix + path].to(self.plan.device))
         self._staged = StagedBlock(self._tracks, self.plan.skeleton.blocks[index], parts, self.batches)
 
     def collect(self, stage: Stage) -> Iterator[Collected]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qtool import activations, decode, evaluate, inspect
-from qtool.errors import PlanError
+from qtool.errors import CheckpointError, PlanError
 from qtool.recipe import Scheme
 from tests import tiny
 from tests.test_pipeline import contents, quantize
@@ -130,6 +130,21 @@ def test_scales_of_cached_keys_and_values(method: str, family: str, tmp_path: Pa
     source = decode.open_model(str(tmp_path / "out"))
     assert set(source.specs) == set(decode.open_model(str(model)).specs)
     assert not inspect.verify(source, [])
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 40)
+    with_cache, without = (evaluate.evaluate(decode.open_model(str(tmp_path / name)), None, str(text), windows=2,
+                                             context=16)["model"]["nll"] for name in ("out", "plain"))
+    assert 0 < abs(with_cache - without) < 0.05  # eval rounds keys and values too
+
+
+def test_damaged_cache_scales_are_named(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    quantize(model, tmp_path / "out", "rtn", kv_cache="fp8")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_scale"] = torch.tensor([float("nan")])
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn: k_scale and v_scale"):
+        decode.open_model(str(tmp_path / "out")).cache_scales()
 
 
 def test_ranges_are_the_same_twice(tmp_path: Path) -> None:

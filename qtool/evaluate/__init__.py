@@ -39,7 +39,7 @@ def evaluate(source: Source, against: Source | None = None, text: str = "builtin
     models = []
     for one, bones in zip(sources, built, strict=True):
         step(0, windows, f"loading {one.name}")
-        models.append(load_model(bones, one.read, place, dtype, one.schemes, one.read_quantized))
+        models.append(load_model(bones, one.read, place, dtype, one.schemes, one.read_quantized, one.cache_scales()))
     figures = _run(models, tokens.ids, place, step)
     return {
         "schema": inspect.SCHEMA,

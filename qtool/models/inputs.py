@@ -33,15 +33,15 @@ class _Rounding:
         return _Rounding(self.scheme, self.static)  # what it remembers belongs to one pass
 
 
-def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme], static: Mapping[str, torch.Tensor]) -> None:
+def round_inputs(model: nn.Module, schemes: Mapping[str, Scheme], static: Callable[[str], torch.Tensor]) -> None:
     """From now on the linears of `model` named in `schemes` round their inputs, where their scheme says so.
 
-    static: the scales [1] of those whose scheme has calibrated ones.
+    static: gives the scale [1] of one, by its path, where that is calibrated.
     """
     hooks: dict[tuple[Scheme, float], _Rounding] = {}
     for path, scheme in schemes.items():
         if scheme.activations in ("token", "group", "tensor"):
-            scale = static[path] if scheme.activations == "tensor" else None
+            scale = static(path) if scheme.activations == "tensor" else None
             key = scheme, 0.0 if scale is None else float(scale)
             hook = hooks.setdefault(key, _Rounding(scheme, scale))
             model.get_submodule(path).register_forward_pre_hook(hook)

@@ -1,8 +1,8 @@
-"""How large the keys and values are that attention keeps, as it hands them to a cache (rotated, after any norm)."""
+"""Keys and values as attention hands them to a cache (rotated, after any norm): how large they are; kept in FP8."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,3 +42,30 @@ def scales(block: nn.Module, name: str, arguments: BlockArguments, index: int, s
         raise ModelError(f"{name}: its attention keeps no keys and values in a cache; leave kv_cache out")
     largest = torch.stack(watcher.largest).amax(0).cpu()
     return (largest / FP8_TOP).clamp_min(torch.finfo(torch.float16).tiny)
+
+
+class _Rounding:
+    """Stands in for a cache that keeps E4M3: hands back what it would keep, scales [1] of keys and values."""
+
+    def __init__(self, key_scale: torch.Tensor, value_scale: torch.Tensor) -> None:
+        self.scales = key_scale, value_scale
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
+        kept = [(x / scale).clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).to(x.dtype) * scale
+                for x, scale in zip((keys, values), self.scales, strict=True)]
+        return kept[0], kept[1]
+
+
+def round_cache(model: nn.Module, scales: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """From now on these attention modules of `model`, by path, see their keys and values as a cache in FP8 has them.
+
+    For whole sequences at a time: nothing is kept from one call to the next.
+    """
+    for path, (keys, values) in scales.items():
+        device = next(model.get_submodule(path).parameters()).device
+        rounding = _Rounding(keys.float().to(device), values.float().to(device))
+
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], cache: _Rounding = rounding) -> Any:
+            return args, {**kwargs, "past_key_values": cache}
+
+        model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)

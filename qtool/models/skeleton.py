@@ -54,6 +54,14 @@ class Skeleton:
                 for path, module in self.model.get_submodule(prefix).named_modules()
                 if isinstance(module, nn.Linear) and f"{prefix}.{path}" not in self.routers}
 
+    def attention(self, index: int) -> tuple[str, str] | None:
+        """The module of block `index` that makes keys and values, and its name in the checkpoint; None: not known."""
+        keys = [name for name in self.block_linears(index) if name.rpartition(".")[2] in ("k_proj", "qkv_proj")]
+        if len(keys) != 1:
+            return None
+        stored = self.source(keys[0] + ".weight").removesuffix(".weight")
+        return keys[0].rpartition(".")[0], stored.rpartition(".")[0]
+
     def source(self, parameter: str) -> str:
         """The checkpoint tensor that holds a parameter; of a tied alias, the one that holds what it shares."""
         return families.checkpoint_name(self.model_type, self.tied.get(parameter, parameter))

@@ -9,6 +9,7 @@ from torch import nn
 
 from qtool.models.blocks import Read, fill
 from qtool.models.inputs import multiply_codes, round_inputs
+from qtool.models.kv import round_cache
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Scheme
 from qtool.tensors import INPUT_SCALE, QuantizedTensor
@@ -16,11 +17,13 @@ from qtool.tensors import INPUT_SCALE, QuantizedTensor
 
 def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torch.dtype,
                schemes: Mapping[str, Scheme] | None = None,
-               quantized: Callable[[str], QuantizedTensor] | None = None) -> nn.Module:
+               quantized: Callable[[str], QuantizedTensor] | None = None,
+               cached: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None) -> nn.Module:
     """The model of `skeleton`, which is used up, with weights in `dtype` on `device`, read one by one.
 
     schemes: of quantized linears by their name in the checkpoint; those that say so round their inputs.
     quantized: gives one of them with its codes (which LLM.int8() multiplies) and the scale of its inputs, if static.
+    cached: scales of the keys and values that attention modules (by their name in the checkpoint) keep in FP8.
     """
     with torch.no_grad():
         fill(skeleton, skeleton.model, "", read, device, dtype)
@@ -28,9 +31,10 @@ def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torc
         names = (name for index in range(len(skeleton.blocks)) for name in skeleton.block_linears(index))
         stored = {name: skeleton.source(name + ".weight").removesuffix(".weight") for name in names}
         here = {name: schemes[linear] for name, linear in stored.items() if linear in schemes}
-        static = {name: quantized(stored[name]).extra[INPUT_SCALE].to(device) for name, scheme in here.items()
-                  if quantized is not None and scheme.activations == "tensor"}
-        round_inputs(skeleton.model, here, static)
         if quantized is not None:
+            round_inputs(skeleton.model, here, lambda name: quantized(stored[name]).extra[INPUT_SCALE].to(device))
             multiply_codes(skeleton.model, here, lambda name: quantized(stored[name]).to(device))
+    if cached:
+        attentions = filter(None, map(skeleton.attention, range(len(skeleton.blocks))))
+        round_cache(skeleton.model, {path: cached[name] for path, name in attentions if name in cached})
     return skeleton.model

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from qtool import decode, formats, found
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.models.inputs import multiply_codes, round_inputs
+from qtool.models.kv import round_cache
 from qtool.recipe import Rule, Scheme
+from qtool.tensors import INPUT_SCALE
 from tests import tiny
 
 HERE = Path(__file__).parent
@@ -98,6 +100,8 @@ def _write(writer: ShardWriter, tensor: torch.Tensor, name: str, scheme: Scheme 
         fitted = grid.fit(tensor.float(), scheme, module.scale_dtype(model_dtype), signed=True)
         negative = scheme.grid == "affine" and scheme.symmetric
         assert not negative or bool((fitted.scale < 0).any()), "negative scales are part of the test"
+        if scheme.activations == "tensor":  # such that some inputs are cut off
+            fitted = replace(fitted, extra={INPUT_SCALE: torch.tensor([0.01], dtype=model_dtype)})
         packed = module.pack(name.removesuffix(".weight"), grid.encode(tensor.float(), fitted), model_dtype)
     for key, value in packed.items():
         writer.write(key, value)
@@ -117,16 +121,19 @@ def dense(model: Path, folder: Path, exact: bool = True) -> Path:
     return out
 
 
-def expected(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Logits float32 [len(IDS), vocabulary] of our decoded weights, computed in `dtype`."""
+def expected(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype = torch.float32,
+             rounded: bool = True) -> torch.Tensor:
+    """Logits float32 [len(IDS), vocabulary] of our decoded weights, computed in `dtype`; rounded: inputs as well."""
     from transformers import AutoModelForCausalLM
 
     path = dense(model, folder, exact)
     network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     shutil.rmtree(path)
     source = decode.open_model(str(model))
-    round_inputs(network, source.schemes)
+    if rounded:
+        round_inputs(network, source.schemes, lambda name: source.read_quantized(name).extra[INPUT_SCALE])
     multiply_codes(network, source.schemes, source.read_quantized)
+    round_cache(network, source.cache_scales())
     with torch.no_grad():
         return network(torch.tensor([IDS])).logits[0].float()
 

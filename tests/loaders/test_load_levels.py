@@ -10,17 +10,24 @@ import torch
 from qtool import decode
 from qtool.recipe import Rule, Scheme
 from tests.loaders.checkpoints import Case, answer, assert_close, build, expected, read
+from tests.test_pipeline import quantize
 
 pytestmark = pytest.mark.loaders
 CT, BNB = "compressed-tensors", "bitsandbytes"
 FP8 = Scheme(grid="fp8", bits=8, group_size=-1)
+BLOCKS = Scheme(grid="fp8", bits=8, group_size=128, strategy="block", activations="group")
+ODD = (Rule(match="*.[kv]_proj", skip=True),)  # no multiples of 128
 COMPRESSED = [
     Case("fp8", CT, FP8), Case("fp8-dynamic", CT, FP8.model_copy(update={"activations": "token"})),
     Case("w8a8", CT, Scheme(bits=8, group_size=-1, activations="token")),
+    Case("fp8-static", CT, FP8.model_copy(update={"strategy": "tensor", "activations": "tensor"})),
+    Case("fp8-block", CT, BLOCKS, ODD),
+    Case("w8a8-static", CT, Scheme(bits=8, group_size=-1, activations="tensor")),
     Case("nvfp4", CT, Scheme(grid="nvfp4", group_size=16)), Case("mxfp4", CT, Scheme(grid="mxfp4", group_size=32)),
     Case("mixed", CT, Scheme(grid="mxfp4", group_size=32),
          (Rule(match="*.down_proj", grid="fp8", bits=8, group_size=-1), Rule(match="*.layers.1.*.up_proj", skip=True))),
 ]
+DEEPSEEK = Case("deepseek", "fp8", BLOCKS, ODD)
 INT8 = Case("llm-int8", BNB, Scheme(grid="vectorwise-int8", bits=8, group_size=-1, activations="outliers"),
             (Rule(match="*.layers.0.self_attn.o_proj", skip=True),))
 FOUR_BIT = [
@@ -33,23 +40,38 @@ FOUR_BIT = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("levels")
-    for one in (*COMPRESSED, *FOUR_BIT, INT8):
+    cases = (*COMPRESSED, *FOUR_BIT, INT8, DEEPSEEK)
+    for one in cases:
         build(one, folder)
     jobs = [{"model": str(folder / one.name), "out": str(folder / f"{one}.now"),
-             "dtype": str(dtype_of(one)).removeprefix("torch.")} for one in (*COMPRESSED, *FOUR_BIT, INT8)]
+             "dtype": str(dtype_of(one)).removeprefix("torch.")} for one in cases]
     read("", "read_with_transformers.py", jobs, folder)
     return folder
 
 
 def dtype_of(one: Case) -> torch.dtype:
-    """4-bit weights are decoded to bfloat16 there, and LLM.int8() models loaded in it, whatever dtype is asked for."""
-    return torch.bfloat16 if one.scheme.bits == 4 or one is INT8 else torch.float32
+    """4-bit weights and blocks of FP8 are decoded to bfloat16 there, and LLM.int8() models loaded in it, whatever is
+    asked for."""
+    return torch.bfloat16 if one.scheme.bits == 4 or one in (INT8, DEEPSEEK) else torch.float32
 
 
 @pytest.mark.parametrize("one", COMPRESSED, ids=str)
 def test_compressed_tensors_computes_what_we_decode(one: Case, folder: Path) -> None:
     tensors, _ = answer(folder / f"{one}.now")
     assert_close(tensors["logits"], expected(folder / one.name, folder, dtype=dtype_of(one)), 1e-4)
+
+
+def test_transformers_reads_blocks_of_fp8(folder: Path) -> None:
+    """On a CPU it decodes the weights when it loads them, and rounds no inputs."""
+    tensors, _ = answer(folder / f"{DEEPSEEK}.now")
+    assert_close(tensors["logits"], expected(folder / DEEPSEEK.name, folder, dtype=torch.bfloat16, rounded=False), 1e-4)
+
+
+def test_transformers_keeps_keys_and_values_in_fp8_with_our_scales(folder: Path) -> None:
+    quantize(folder / "source-llama", folder / "kv", "w8a8", kv_cache="fp8", scheme__group_size=-1)
+    read("", "read_with_transformers.py", [{"model": str(folder / "kv"), "out": str(folder / "kv.now")}], folder)
+    tensors, _ = answer(folder / "kv.now")
+    assert_close(tensors["logits"], expected(folder / "kv", folder), 1e-5)
 
 
 @pytest.mark.parametrize("one", FOUR_BIT, ids=str)
