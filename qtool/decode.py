@@ -82,7 +82,7 @@ class Source:
             if last == first and f"{module}.{second}" in self.checkpoint.specs:
                 keys, values = (self.checkpoint.read(f"{module}.{one}").float().reshape(-1) for one in (first, second))
                 if any(one.numel() != 1 or not 0 < float(one) < float("inf") for one in (keys, values)):
-                    raise CheckpointError(f"{module}: {first} and {second} are no positive numbers; the file is damaged")
+                    raise CheckpointError(f"{module}: {first} and {second} are not positive; the file is damaged")
                 found[module] = keys, values
         return found
 
