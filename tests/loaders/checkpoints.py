@@ -33,13 +33,15 @@ SKIP = Rule(match="lm_head", skip=True)
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint: its format, the scheme of its linears, and the exceptions."""
+    """One checkpoint: its format, the scheme of its linears, and the exceptions. stretch: of the scales, so that codes
+    leave a part of their range unused."""
 
     name: str
     format: str
     scheme: Scheme
     rules: tuple[Rule, ...] = ()
     family: str = "llama"
+    stretch: float = 1.0
 
     def __str__(self) -> str:
         return self.name
@@ -82,7 +84,8 @@ def build(one: Case, folder: Path, source: Path | None = None) -> Path:
     out.mkdir()
     writer = ShardWriter(out, plan_shards(specs, 1 << 40))
     for name in checkpoint.specs:
-        _write(writer, checkpoint.read(name), name, schemes.get(name.removesuffix(".weight")), module, model_dtype)
+        _write(writer, checkpoint.read(name), name, schemes.get(name.removesuffix(".weight")), module, model_dtype,
+               one.stretch)
     writer.finish()
     for path in checkpoint.companions():
         shutil.copyfile(path, out / path.name)
@@ -93,11 +96,12 @@ def build(one: Case, folder: Path, source: Path | None = None) -> Path:
 
 
 def _write(writer: ShardWriter, tensor: torch.Tensor, name: str, scheme: Scheme | None, module: Any,
-           model_dtype: torch.dtype) -> None:
+           model_dtype: torch.dtype, stretch: float) -> None:
     packed = {name: tensor}
     if scheme is not None:
         grid = found.load("grids", scheme.grid)
         fitted = grid.fit(tensor.float(), scheme, module.scale_dtype(model_dtype), signed=True)
+        fitted = replace(fitted, scale=fitted.scale * stretch)
         negative = scheme.grid == "affine" and scheme.symmetric
         assert not negative or bool((fitted.scale < 0).any()), "negative scales are part of the test"
         if scheme.activations == "tensor":  # such that some inputs are cut off
