@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,20 +127,38 @@ def dense(model: Path, folder: Path, exact: bool = True) -> Path:
 
 
 def expected(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype = torch.float32,
-             rounded: bool = True) -> torch.Tensor:
-    """Logits float32 [len(IDS), vocabulary] of our decoded weights, computed in `dtype`; rounded: inputs as well."""
+             rounded: bool = True, ids: Sequence[int] = IDS) -> torch.Tensor:
+    """Logits float32 [len(ids), vocabulary] of our decoded weights, computed in `dtype`; rounded: inputs as well."""
+    network = decoded(model, folder, exact, dtype, rounded)
+    with torch.no_grad():
+        return network(torch.tensor([ids])).logits[0].float()
+
+
+def greedy(model: Path, folder: Path, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+    """The tokens that our decoded weights continue a prompt with in float32, and by how much each beats the next."""
+    network, ids, lead = decoded(model, folder), list(prompt), []
+    for _ in range(count):
+        with torch.no_grad():
+            best = network(torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
+        ids.append(int(best.indices[0]))
+        lead.append(float(best.values[0] - best.values[1]))
+    return ids[len(prompt):], lead
+
+
+def decoded(model: Path, folder: Path, exact: bool = True, dtype: torch.dtype = torch.float32,
+            rounded: bool = True) -> torch.nn.Module:
+    """transformers' module with our decoded weights; it rounds its inputs, keys and values as the checkpoint says."""
     from transformers import AutoModelForCausalLM
 
     path = dense(model, folder, exact)
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     shutil.rmtree(path)
     source = decode.open_model(str(model))
     if rounded:
         round_inputs(network, source.schemes, lambda name: source.read_quantized(name).extra[INPUT_SCALE])
     multiply_codes(network, source.schemes, source.read_quantized)
     round_cache(network, source.cache_scales())
-    with torch.no_grad():
-        return network(torch.tensor([IDS])).logits[0].float()
+    return network
 
 
 def read(venv: str, script: str, jobs: list[dict[str, Any]], folder: Path) -> None:
@@ -148,7 +167,7 @@ def read(venv: str, script: str, jobs: list[dict[str, Any]], folder: Path) -> No
     if not python.exists():
         pytest.skip(f"{venv} is not there; 'make test-loaders' makes it")
     path = folder / f"{script}{venv}.json"
-    path.write_text(json.dumps([{**job, "ids": IDS} for job in jobs]))
+    path.write_text(json.dumps([{"ids": IDS, **job} for job in jobs]))
     done = subprocess.run([python, HERE / script, path], capture_output=True, text=True, timeout=500, cwd=folder)
     assert done.returncode == 0, f"{script} in {venv}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 

@@ -1,7 +1,8 @@
-"""Runs in a venv with vLLM: loads checkpoints with vLLM on the CPU and writes the logits after the last token.
+"""Runs in a venv with vLLM: loads checkpoints with vLLM on the CPU and writes the logits after the last token,
+and how it goes on.
 
 usage: read_with_vllm.py JOBS.json, a list of
-{"model": folder, "ids": token ids, "out": safetensors file, "dtype": "float32"}
+{"model": folder, "ids": token ids, "out": safetensors file, "dtype": "float32", "tokens": how many are generated}
 
 vLLM's int4 kernel for CPUs needs AVX-512 and knows no float32. Where it cannot serve, its place is taken by one that
 decodes the parameters as vLLM has loaded and fused them, with vLLM's own unpacking, and multiplies.
@@ -69,7 +70,9 @@ def main(jobs: list[dict]) -> None:
         answer = model.generate({"prompt_token_ids": job["ids"]}, sampling, use_tqdm=False)
         found = answer[0].outputs[0].logprobs[0]
         logits = torch.tensor([found[token].logprob for token in range(len(found))])
-        save_file({"logits": logits}, job["out"])
+        greedy = SamplingParams(max_tokens=job.get("tokens", 1), temperature=0, ignore_eos=True)
+        answer = model.generate({"prompt_token_ids": job["ids"]}, greedy, use_tqdm=False)
+        save_file({"logits": logits, "tokens": torch.tensor(answer[0].outputs[0].token_ids)}, job["out"])
         del model, answer  # its finalizer takes down process-wide state: now, not under the next model
         gc.collect()
         cleanup_dist_env_and_memory()
