@@ -16,17 +16,16 @@ BLOCK = 128
 
 def to_bits(tensor: QuantizedTensor) -> torch.Tensor:
     """uint8 [N, K]: sign and magnitude of the small floats that codes stand for."""
-    offset = tensor.codes.to(torch.int16) - ZERO[tensor.grid]
-    return (offset.abs() | torch.where(offset < 0, SIGN[tensor.grid], 0)).to(torch.uint8)
+    zero, sign, codes = ZERO[tensor.grid], SIGN[tensor.grid], tensor.codes
+    return torch.where(codes >= zero, codes - zero, sign + zero - codes)  # all in uint8, for speed
 
 
 def from_bits(linear_name: str, bits: torch.Tensor, grid: str) -> torch.Tensor:
     """The codes of sign and magnitude uint8 [N, K]; CheckpointError for a NaN."""
-    sign = SIGN[grid]
-    size = (bits & (sign - 1)).to(torch.int16)
-    if int(size.max() if size.numel() else 0) > ZERO[grid]:
+    zero, sign = ZERO[grid], SIGN[grid]
+    if int((bits & (sign - 1)).max() if bits.numel() else 0) > zero:
         raise CheckpointError(f"{linear_name}.weight holds NaN; the file is damaged, fetch it again")
-    return (ZERO[grid] + torch.where(bits >= sign, -size, size)).to(torch.uint8)
+    return torch.where(bits < sign, bits + zero, sign + zero - bits)
 
 
 def shared_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, ...]:
