@@ -1,0 +1,100 @@
+"""The gradient of the model's loss, from the head back through the blocks, one block at a time.
+
+The loss of a sequence is -Σ_t log p(label_t), with labels drawn from the model's own distribution: then the mean of
+products of gradients is the Fisher information, and ½ Δᵀ F Δ the KL divergence that a small change Δ causes. Each block
+is run again with autograd on its kept input, so that memory is one block and one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qtool.errors import NumericalError
+from qtool.models import blocks
+from qtool.models.blocks import BlockArguments, Read
+from qtool.models.skeleton import Skeleton
+from qtool.models.statistics import block_output
+from qtool.models.streams import StreamStore
+from qtool.tensors import all_finite
+
+ROWS = 256  # of logits that are in float32 at a time
+
+
+def head_gradient(skeleton: Skeleton, read: Read, ids: torch.Tensor, hidden: StreamStore, gradient: StreamStore,
+                  seed: int, device: torch.device, dtype: torch.dtype, as_tuple: bool) -> None:
+    """Fill `gradient` with ∂loss/∂h of each sequence at h = `hidden`, the last block's outputs; ids: int64 [S, T].
+
+    as_tuple: whether the blocks return tuples. Labels depend on `seed` and the sequence only. Raises NumericalError.
+    """
+    state: dict[str, torch.Tensor] = {}
+
+    def visit(_index: int, _hidden: torch.Tensor, _args: Any, _kwargs: Any) -> Any:
+        return (state["hidden"],) if as_tuple else state["hidden"]
+
+    model = blocks.without_blocks(skeleton, "", visit, read, device, dtype)
+    for sample in range(len(ids)):
+        here = slice(sample, sample + 1)
+        state["hidden"] = hidden.read(here).to(device=device, dtype=dtype, copy=True).requires_grad_()
+        with torch.enable_grad():
+            logits = model(ids[here].to(device), use_cache=False).logits
+        slope = torch.empty_like(logits)
+        uniform = torch.rand(ids.shape[1], generator=torch.Generator().manual_seed(seed * len(ids) + sample))
+        for start in range(0, logits.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            slope[0, rows] = loss_slope(logits[0, rows].detach(), uniform[rows].to(device))
+        torch.autograd.backward(logits, slope)
+        gradient.write(here, _gradient_of(state["hidden"], "the output head"))
+
+
+def loss_slope(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """∂(-log p(label))/∂logits of logits [T, V], float32, each label drawn by its number in [0, 1) of uniform [T]."""
+    slope = logits.float().softmax(-1)
+    label = torch.searchsorted(slope.cumsum(-1), uniform[:, None]).clamp_max(logits.shape[-1] - 1)
+    return slope.scatter_add_(1, label, torch.full_like(uniform[:, None], -1.0))
+
+
+def block_gradient(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
+                   hidden: StreamStore, gradient: StreamStore, batches: Iterable[slice], device: torch.device,
+                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Take `gradient` from the exit of a block to its entrance, where `hidden` is; both cover all samples.
+
+    Returns, by full name, the sum over tokens of the squared gradient of each output of a linear: float32 [N]. Experts
+    that no token reached have none. Raises NumericalError.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(slope: torch.Tensor) -> None:
+            squares = slope.detach().reshape(-1, slope.shape[-1]).float().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            output.register_hook(add)
+
+        return hook
+
+    handles = [block.get_submodule(name.removeprefix(prefix + ".")).register_forward_hook(watch(name))
+               for name in linears]
+    try:
+        for batch in batches:
+            entrance = hidden.read(batch).to(device=device, dtype=dtype, copy=True).requires_grad_()
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others may add in any order on a GPU
+                output = block_output(block, arguments, index, entrance)
+                torch.autograd.backward(output, gradient.read(batch).to(device=device, dtype=dtype))
+            gradient.write(batch, _gradient_of(entrance, prefix))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _gradient_of(hidden: torch.Tensor, name: str) -> torch.Tensor:
+    if hidden.grad is None or not all_finite(hidden.grad):
+        raise NumericalError(f"{name}: the gradient of the loss is not finite on calibration text; check the weights, "
+                             "or use --set dtype=float32")
+    return hidden.grad

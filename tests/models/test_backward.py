@@ -1,0 +1,81 @@
+"""Gradients that go back block by block against autograd on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qtool.models import backward, statistics, streams
+from qtool.models.whole import load_model
+from tests.models.loaded import CPU, LENGTH, SAMPLES, Loaded, open_tiny
+
+SEED = 3
+BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def whole_model(loaded: Loaded, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sum of squared output gradients of every linear, from one backward pass per text through the whole model.
+
+    transformers' own model and loss; of experts, which it fuses, the split ones.
+    """
+    split = bool(loaded.skeleton.expert_layers)
+    fresh = open_tiny(loaded.directory).skeleton
+    model = load_model(fresh, loaded.read, CPU, torch.float32) if split else loaded.full_model().requires_grad_(False)
+    sums: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(slope: torch.Tensor) -> None:
+            sums[name] = sums.get(name, 0) + slope.reshape(-1, slope.shape[-1]).square().sum(0)
+
+        def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            output.register_hook(add)
+        return hook
+
+    for index in range(len(loaded.skeleton.blocks)):
+        for name in loaded.skeleton.block_linears(index):
+            model.get_submodule(name).register_forward_hook(watch(name))
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    for sample in range(SAMPLES):
+        logits = model(ids[sample][None], use_cache=False).logits[0]
+        uniform = torch.rand(LENGTH, generator=torch.Generator().manual_seed(SEED * SAMPLES + sample))
+        labels = (logits.detach().softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp_max(logits.shape[-1] - 1)
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    return sums
+
+
+def streamed(loaded: Loaded, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    skeleton = loaded.skeleton
+    store, arguments = loaded.captured(ids, BATCHES)
+    entrances = []
+    for index, prefix in enumerate(skeleton.blocks):
+        entrances.append(loaded.store())
+        entrances[-1].copy_from(store, BATCHES)
+        statistics.propagate(loaded.block(index), prefix, arguments, index, store, BATCHES, CPU, torch.float32)
+    gradient = streams.StreamStore(SAMPLES, LENGTH, skeleton.hidden, torch.float32, 1 << 30)
+    backward.head_gradient(skeleton, loaded.read, ids, store, gradient, SEED, CPU, torch.float32, False)
+    sums = {}
+    for index in reversed(range(len(skeleton.blocks))):
+        sums |= backward.block_gradient(loaded.block(index), skeleton.blocks[index], list(skeleton.block_linears(index)),
+                                        arguments, index, entrances[index], gradient, BATCHES, CPU, torch.float32)
+    return sums
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "mixtral"])
+def test_gradients_are_those_of_the_whole_model(family: str, checkpoint: Callable[[str], Loaded],
+                                                ids: torch.Tensor) -> None:
+    loaded = checkpoint(family)
+    expected, found = whole_model(loaded, ids), streamed(loaded, ids)
+    assert found.keys() == expected.keys() and len(found) >= 4 * len(loaded.skeleton.blocks)
+    for name, sums in expected.items():
+        torch.testing.assert_close(found[name], sums, rtol=2e-3, atol=1e-3 * float(sums.mean()))
+
+
+def test_labels_follow_the_distribution() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(4000, 3)
+    uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    labels = backward.loss_slope(logits, uniform) - logits.softmax(-1)
+    torch.testing.assert_close(labels.mean(0), torch.tensor([-0.1, -0.2, -0.7]), atol=0.03, rtol=0)
+    assert ((labels + 1).abs() < 1e-6).sum() == 4000
