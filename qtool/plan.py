@@ -7,6 +7,7 @@ shape and dtype. Running it is then a plain loop (pipeline.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +16,17 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from qtool import estimate, found
+from qtool import budget, estimate, found
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
+from qtool.formats import stored_bytes
 from qtool.models import outline
 from qtool.models import skeleton as skeletons
 from qtool.models.blocks import choose_compute_dtype
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe, Scheme
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
+from qtool.units import size
 
 AUTO_GROUPS = (128, 64, 32)
 
@@ -70,10 +73,21 @@ class Plan:
     source_bytes: int
     memory: dict[str, int]
     seconds: float | None
+    problem: budget.Problem | None = None  # what a search will decide; until then the schemes of `linears` are a guess
 
     @property
     def calibrated(self) -> bool:
         return any(module.CALIBRATED for module, _ in self.steps)
+
+    @property
+    def search_samples(self) -> int:
+        """Calibration sequences that the schemes will be chosen on; 0: there is nothing to choose."""
+        return min(self.samples, self.recipe.budget.samples) if self.recipe.budget else 0
+
+    @property
+    def text_samples(self) -> int:
+        """Calibration sequences that a run needs."""
+        return self.samples if self.calibrated else self.search_samples
 
     @property
     def float_share(self) -> float:
@@ -110,20 +124,26 @@ class Plan:
     def peak_memory(self) -> int:
         return self.memory["peak"]
 
+    def linear_bytes(self, linear: LinearPlan) -> int:
+        """Stored bytes of one quantized linear, scales and zero points included."""
+        return stored_bytes(self.format, linear.stored, linear.shape, linear.scheme, self.model_dtype)
+
     @property
     def bits_per_weight(self) -> float:
         weights = sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
-        stored = sum(linear_bytes(self.format, linear, self.model_dtype) for linear in self.linears)
+        stored = sum(self.linear_bytes(linear) for linear in self.linears)
         return 8 * stored / weights if weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        free = {name for choice in self.problem.choices for name in choice.linears} if self.problem else set()
         return {
             "schema": 1, "source": self.origin, "out": str(self.out), "recipe": self.recipe.model_dump(mode="json"),
             "device": str(self.device), "dtype": NAMES_OF_DTYPES[self.model_dtype],
             "compute_dtype": NAMES_OF_DTYPES[self.compute_dtype],
-            "blocks": self.blocks, "samples": self.samples if self.calibrated else 0,
-            "linears": [{"name": one.name, "shape": list(one.shape), "scheme": one.scheme.model_dump(),
-                         "block": one.block} for one in self.linears],
+            "blocks": self.blocks, "samples": self.text_samples,
+            "linears": [{"name": one.name, "shape": list(one.shape), "block": one.block,
+                         "scheme": None if one.name in free else one.scheme.model_dump()} for one in self.linears],
+            "budget": {"samples": self.search_samples, **self.problem.to_json()} if self.problem else None,
             "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
             "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
             "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
@@ -138,12 +158,19 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     steps = tuple(_step(entry) for entry in recipe.steps)
     described = checkpoint.directory, checkpoint.config, checkpoint.specs
     calibrated = any(module.CALIBRATED for module, _ in steps)
-    skeleton = (None if calibrated else outline.build(*described)) or skeletons.build(*described)
+    runs = calibrated or recipe.budget is not None
+    skeleton = (None if runs else outline.build(*described)) or skeletons.build(*described)
     model_dtype = _model_dtype(recipe, checkpoint)
     linears, kept = _match(recipe, skeleton)
+    convert = recipe.dtype != "auto"
+    problem = None
+    if recipe.budget is not None:
+        others = _other_bytes(skeleton, checkpoint, linears, format_, model_dtype, convert)
+        problem = budget.pose(recipe, format_, model_dtype, linears, others)
+        linears = _with_schemes(linears, problem.guess())
     recipe, linears = _settle_groups(recipe, linears)
     _check(linears, format_)
-    stages = _stages(skeleton, checkpoint, linears, format_, model_dtype, recipe.dtype != "auto")
+    stages = _stages(skeleton, checkpoint, linears, format_, model_dtype, convert)
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
@@ -155,12 +182,34 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         skeleton=skeleton, steps=steps, format=format_, stages=stages, kept=tuple(kept),
         warnings=tuple(_warnings(linears, format_)),
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
-        memory=estimate.memory(work), seconds=estimate.seconds(work),
+        memory=estimate.memory(work), seconds=estimate.seconds(work), problem=problem,
     )
+
+
+def with_schemes(plan: Plan, checkpoint: Checkpoint, chosen: Mapping[str, Scheme]) -> Plan:
+    """The plan with these schemes, by the names of linears, and nothing left to choose. Raises PlanError."""
+    linears = _with_schemes(plan.linears, chosen)
+    _check(linears, plan.format)
+    stages = _stages(plan.skeleton, checkpoint, linears, plan.format, plan.model_dtype, plan.recipe.dtype != "auto")
+    return replace(plan, stages=stages, warnings=tuple(_warnings(linears, plan.format)), problem=None)
+
+
+def _with_schemes(linears: Sequence[LinearPlan], chosen: Mapping[str, Scheme]) -> list[LinearPlan]:
+    return [replace(one, scheme=chosen.get(one.name, one.scheme)) for one in linears]
+
+
+def _other_bytes(skeleton: Skeleton, checkpoint: Checkpoint, linears: Sequence[LinearPlan], format_: ModuleType,
+                 model_dtype: torch.dtype, convert: bool) -> int:
+    """Bytes in the output of all tensors but the weights of `linears`."""
+    stages = _stages(skeleton, checkpoint, [], format_, model_dtype, convert)
+    sizes = {spec.name: spec.nbytes for stage in stages for spec in stage.outputs}
+    return sum(sizes.values()) - sum(sizes[one.stored + ".weight"] for one in linears)
 
 
 def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
     method, label = recipe.preset or recipe.method, recipe.scheme.label
+    if recipe.budget is not None:
+        label = f"{recipe.budget.bits:g}bits" if recipe.budget.bits else size(recipe.budget.size or 0).replace(" ", "")
     return Path(f"{checkpoint.name}-{label if label.startswith(method + '-') else f'{method}-{label}'}")
 
 
@@ -168,11 +217,6 @@ def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:
     """The largest share that one of the steps asks for."""
     asking = [options for module, options in steps if getattr(module, "NEEDS_FLOAT_STREAM", False)]
     return max((options.share for options in asking), default=0.0)
-
-
-def linear_bytes(format_: ModuleType, linear: LinearPlan, model_dtype: torch.dtype) -> int:
-    """Stored bytes of one quantized linear, scales and zero points included."""
-    return sum(spec.nbytes for spec in format_.layout(linear.stored, linear.shape, linear.scheme, model_dtype))
 
 
 def _device(name: str) -> torch.device:

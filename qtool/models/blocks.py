@@ -96,8 +96,12 @@ def _owner(model: nn.Module, where: str) -> Any:
 
 @dataclass
 class BlockArguments:
-    """What each block receives beside the hidden states. One copy per batch size, tensors shared between blocks."""
+    """What each block receives beside the hidden states. One copy per batch size, tensors shared between blocks.
 
+    as_tuple: whether the model wants each block's output in a tuple.
+    """
+
+    as_tuple: bool = False
     _recorded: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
     def for_block(self, index: int, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -163,7 +167,7 @@ def capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStor
     reason = ""
     with torch.no_grad():  # not inference mode: methods may differentiate through a block with these arguments
         for as_tuple in (False, True):
-            arguments = BlockArguments()
+            arguments = BlockArguments(as_tuple)
             try:
                 _capture(skeleton, read, ids, store, device, dtype, batches, arguments, as_tuple)
                 return arguments

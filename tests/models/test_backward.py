@@ -58,8 +58,9 @@ def streamed(loaded: Loaded, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     backward.head_gradient(skeleton, loaded.read, ids, store, gradient, SEED, CPU, torch.float32, False)
     sums = {}
     for index in reversed(range(len(skeleton.blocks))):
-        sums |= backward.block_gradient(loaded.block(index), skeleton.blocks[index], list(skeleton.block_linears(index)),
-                                        arguments, index, entrances[index], gradient, BATCHES, CPU, torch.float32)
+        linears = list(skeleton.block_linears(index))
+        sums |= backward.block_gradient(loaded.block(index), skeleton.blocks[index], linears, arguments, index,
+                                        entrances[index], gradient, BATCHES, CPU, torch.float32)
     return sums
 
 
