@@ -43,8 +43,9 @@ class Problem:
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """All that may be chosen somewhere."""
-        return tuple(dict.fromkeys(scheme for choice in self.choices for scheme in choice.schemes))
+        """All that may be chosen somewhere, by bits and then from large groups to small ones."""
+        every = dict.fromkeys(scheme for choice in self.choices for scheme in choice.schemes)
+        return tuple(sorted(every, key=lambda scheme: (scheme.bits, -(int(scheme.group_size) % (1 << 30)))))
 
     @property
     def least(self) -> int:
@@ -118,7 +119,7 @@ def _candidates(recipe: Recipe, format_: ModuleType, bits: float) -> list[Scheme
     reason = next(filter(None, (found.load("grids", scheme.grid).check(scheme) for scheme in schemes)), None) \
         or format_.check_together(dict(zip(labels, schemes, strict=True)))
     if reason:
-        raise PlanError(f"budget.schemes: {reason}")
+        raise PlanError(f"budget: {reason}")
     return schemes
 
 
@@ -175,7 +176,7 @@ def _refuse_out_of_reach(problem: Problem, recipe: Recipe, other_bytes: int) -> 
         least, most = (f"{_bits(count, problem.weights):.4f}" for count in (problem.least, problem.most))
     else:
         wanted, unit = size(recipe.budget.size or 0), f"in all, {size(other_bytes)} of it for what is not quantized"
-        least, most = (f"{(count + other_bytes) / 1e6:,.1f} MB" for count in (problem.least, problem.most))
+        least, most = (f"{(count + other_bytes) / 1e6:,.3f} MB" for count in (problem.least, problem.most))
     raise PlanError(f"budget: {wanted} cannot be met; with {labels} this model takes {least} to {most} {unit}; choose "
                     "a budget in that range, or other schemes under budget.schemes")
 

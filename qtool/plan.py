@@ -118,7 +118,8 @@ class Plan:
     def disk_bytes(self) -> int:
         """Largest need while running: the output and, when calibrating, two generations of the stream and its files."""
         streams = 2 * self.memory.get("stream", 0) * (2 if self.float_stream else 1) if self.calibrated else 0
-        return self.weight_bytes + streams + self.memory.get("kept_in_files", 0)
+        running = streams + self.memory.get("kept_in_files", 0)
+        return self.weight_bytes + max(running, self.memory.get("search_files", 0))
 
     @property
     def peak_memory(self) -> int:
@@ -175,7 +176,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
-                         float_share(steps))
+                         float_share(steps), *_search_size(recipe, problem))
     return Plan(
         origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
         model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
@@ -184,6 +185,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
         memory=estimate.memory(work), seconds=estimate.seconds(work), problem=problem,
     )
+
+
+def _search_size(recipe: Recipe, problem: budget.Problem | None) -> tuple[int, int]:
+    """Sequences that the schemes are chosen on, and the most candidates that a linear has."""
+    if recipe.budget is None or problem is None:
+        return 0, 0
+    return (min(recipe.calibration.samples or 0, recipe.budget.samples),
+            max(len(choice.schemes) for choice in problem.choices))
 
 
 def with_schemes(plan: Plan, checkpoint: Checkpoint, chosen: Mapping[str, Scheme]) -> Plan:

@@ -298,7 +298,8 @@ def _complaint(entry: Any, text: str) -> str:
     line = next((f" (line {number})" for number, content in enumerate(text.splitlines(), 1)
                  if path and content.strip().lstrip("- ").startswith(path[-1] + ":")), "")
     if entry["type"] == "extra_forbidden":
-        parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration}
+        parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration,
+                                             "budget": Budget}
         model = parts.get(path[0] if len(path) > 1 else "", Recipe)
         return f"unknown key '{key}'{line}{_nearest(path[-1], model.model_fields)}"
     return f"{key}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {entry['input']!r})"

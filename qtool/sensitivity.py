@@ -1,14 +1,18 @@
 """How much the loss of the model rises when a linear takes a scheme, and from that the schemes that meet a budget.
 
-For an error D = W - Q of a linear with inputs x and outputs y, the expected KL divergence per token is, to second
-order and with the outputs taken as independent of each other and of the inputs,
-    ½ Σ_i g_i (D H Dᵀ)_ii,    H = mean of x xᵀ,    g_i = mean of (∂loss/∂y_i)²,
-with the loss of models/backward.py. D comes from the recipe's own steps, run on the unquantized model's H. Sources:
-HAWQ-V2 (arXiv 1911.03852) for a sum of second-order terms over layers, GuidedQuant (arXiv 2505.07004) for g.
+For an error D = W - Q of a linear with inputs x and outputs y, the expected KL divergence of a sequence is, to second
+order and with the errors of different outputs taken as independent,
+    ½ Σ_i E (Σ_t ∂loss/∂y_ti · D_i x_t)²,
+with the loss of models/backward.py. The sum over tokens is inside the square: errors that all tokens share do not
+cancel where attention takes the mean of many (v_proj). Tokens of experts are taken as independent too:
+    ½ Σ_i g_i (D H Dᵀ)_ii,    H = mean of x xᵀ,    g_i = mean of (∂loss/∂y_i)².
+D comes from the recipe's own steps, with the H of most sequences; the losses are measured on the others, where a solver
+that fits few tokens too well is found out. Sources: HAWQ-V2 (arXiv 1911.03852) for a sum of
+second-order terms over layers, GuidedQuant (arXiv 2505.07004) for the gradient at the outputs.
 
     forward     the inputs of every block, kept in files
     head        the gradient at the last block's output
-    backward    for each block, last first: g, H, and the error of each linear with each scheme; the gradient before it
+    backward    for each block, last first: H, and the error of each linear with each scheme; the gradient before it
 What is finished is in the files of OUT.partial/ and its journal, so that a killed search goes on at the same block.
 """
 
@@ -33,12 +37,16 @@ from qtool.tensors import CalibrationStats
 from qtool.workspace import Workspace
 
 STAGE = "allocation"
+MEASURED = 0.25  # of the sequences
 Losses = dict[str, dict[str, float]]  # linear -> label of a scheme -> nats per token
 
 
 @dataclass
 class Search:
-    """hidden, gradient: at the entrance of the block that is next to be done."""
+    """hidden, gradient: at the entrance of the block that is next to be done.
+
+    batches: of all samples; those from `first` on are measured, and `gradient` has only these.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
@@ -49,6 +57,11 @@ class Search:
     gradient: StreamStore
     arguments: blocks.BlockArguments
     batches: list[slice]
+    first: int
+
+    @property
+    def measured(self) -> list[slice]:
+        return [batch for batch in self.batches if batch.start >= self.first]
 
     def path(self, kind: str, index: int) -> Path:
         return self.work.folder / f"search-{kind}-{index}.bin"
@@ -92,11 +105,12 @@ def _settle(plan: Plan, losses: Losses) -> dict[str, Any]:
 def _open(checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor, work: Workspace, tell: Any) -> Search:
     samples, length = ids.shape
     share = int(plan.recipe.memory_budget_gb * 1e9) // 2
-    hidden, gradient = (StreamStore(samples, length, plan.skeleton.hidden, dtype, share, work.folder)
-                        for dtype in (plan.model_dtype, torch.float32))
-    batches, _ = batches_for(samples, length, plan.recipe.calibration.batch_tokens or 0, 0.0)
+    batches, held_out = batches_for(samples, length, plan.recipe.calibration.batch_tokens or 0, MEASURED)
+    first = min(held_out, default=0)
+    hidden, gradient = (StreamStore(count, length, plan.skeleton.hidden, dtype, share, work.folder)
+                        for count, dtype in ((samples, plan.model_dtype), (samples - first, torch.float32)))
     arguments = blocks.capture(plan.skeleton, checkpoint.read, ids, hidden, plan.device, plan.compute_dtype, batches)
-    return Search(checkpoint, plan, ids, work, tell, hidden, gradient, arguments, batches)
+    return Search(checkpoint, plan, ids, work, tell, hidden, gradient, arguments, batches, first)
 
 
 def _search(search: Search) -> Losses:
@@ -108,7 +122,8 @@ def _search(search: Search) -> Losses:
         _forward(search)
         search.tell("search: the gradient of the output head")
         backward.head_gradient(plan.skeleton, search.checkpoint.read, search.ids, search.hidden, search.gradient,
-                               plan.recipe.seed, plan.device, plan.compute_dtype, search.arguments.as_tuple)
+                               plan.recipe.seed, plan.device, plan.compute_dtype, search.arguments.as_tuple,
+                               search.first)
         search.gradient.save(search.path("gradient", left))
         search.path("hidden", left).unlink()
     else:
@@ -149,10 +164,13 @@ def _block(search: Search, index: int) -> Losses:
     linears = {one.name: one for one in plan.linears if one.block == index and one.name in schemes}
     search.hidden.load(search.path("hidden", index))
     block = _load(search, index)
+    kept = _stores(search, block, list(linears.values()))
     squares = backward.block_gradient(block, prefix, list(linears), search.arguments, index, search.hidden,
-                                      search.gradient, search.batches, plan.device, plan.compute_dtype)
+                                      search.gradient, search.measured, plan.device, plan.compute_dtype, kept,
+                                      search.first)
     collected = statistics.collect(block, prefix, list(linears), search.arguments, index, search.hidden,
-                                   search.batches, (), plan.device, plan.compute_dtype)
+                                   search.batches, range(search.first, len(search.ids)) if search.first else (),
+                                   plan.device, plan.compute_dtype)
     losses: Losses = {name: {} for name in linears}
     while collected:
         names, stats = collected.popitem()
@@ -164,9 +182,28 @@ def _block(search: Search, index: int) -> Losses:
                 weights = [block.get_parameter(path).float() for path in paths]
                 difference = _error(plan, group, weights, scheme, stats)
                 for one, rows in zip(group, difference.split([len(weight) for weight in weights]), strict=True):
-                    losses[one.name][scheme.label] = _loss(one.name, rows, squares.get(one.name), stats,
-                                                           search.ids.numel())
+                    if one.name in kept:
+                        loss = kept[one.name].loss(rows) / search.ids.shape[1]
+                    else:
+                        loss = _expert_loss(rows, squares.get(one.name), stats, search.ids[search.first:].numel())
+                    losses[one.name][scheme.label] = _finite(one.name, loss)
+    for stores in kept.values():
+        stores.inputs.close()
+        stores.slopes.close()
     return losses
+
+
+def _stores(search: Search, block: torch.nn.Module, linears: Sequence[LinearPlan]) -> dict[str, backward.Kept]:
+    """Files for what is kept of each linear but experts."""
+    prefix = search.plan.skeleton.blocks[linears[0].block] if linears else ""
+    experts = statistics.expert_prefixes(block, prefix)
+    samples, length = len(search.ids) - search.first, search.ids.shape[1]
+
+    def store(width: int, dtype: torch.dtype) -> StreamStore:
+        return StreamStore(samples, length, width, dtype, 0, search.work.folder)
+
+    return {one.name: backward.Kept(store(one.shape[1], search.plan.model_dtype), store(one.shape[0], torch.float32))
+            for one in linears if not experts or not one.name.startswith(experts)}
 
 
 def _load(search: Search, index: int) -> torch.nn.Module:
@@ -191,12 +228,15 @@ def _error(plan: Plan, group: Sequence[LinearPlan], weights: Sequence[torch.Tens
     raise PlanError(f"no step of {plan.recipe.method} chooses codes; end the recipe's steps with rtn or gptq")
 
 
-def _loss(name: str, difference: torch.Tensor, squares: torch.Tensor | None, stats: CalibrationStats,
-          tokens: int) -> float:
-    """½ Σ_i g_i (D H Dᵀ)_ii, six digits; squares: Σ over tokens of (∂loss/∂y_i)², None for an expert without any."""
+def _expert_loss(difference: torch.Tensor, squares: torch.Tensor | None, stats: CalibrationStats, tokens: int) -> float:
+    """½ Σ_i g_i (D H Dᵀ)_ii; squares: Σ over tokens of (∂loss/∂y_i)² [N], None for an expert without any."""
     if squares is None:
         return 0.0
-    loss = 0.5 * quality.energy_under(stats.hessian)((squares / tokens).sqrt()[:, None] * difference)
+    energy = stats.held_out.energy if stats.held_out.tokens else quality.energy_under(stats.hessian)
+    return 0.5 * energy((squares / tokens).sqrt()[:, None] * difference)
+
+
+def _finite(name: str, loss: float) -> float:
     if not 0 <= loss < float("inf"):
         raise NumericalError(f"{name}: its sensitivity is not finite; use more damping or more calibration tokens")
     return _rounded(loss)

@@ -7,7 +7,8 @@ is run again with autograd on its kept input, so that memory is one block and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +26,34 @@ from qtool.tensors import all_finite
 ROWS = 256  # of logits that are in float32 at a time
 
 
-def head_gradient(skeleton: Skeleton, read: Read, ids: torch.Tensor, hidden: StreamStore, gradient: StreamStore,
-                  seed: int, device: torch.device, dtype: torch.dtype, as_tuple: bool) -> None:
-    """Fill `gradient` with ∂loss/∂h of each sequence at h = `hidden`, the last block's outputs; ids: int64 [S, T].
+@dataclass(frozen=True)
+class Kept:
+    """Of one linear, for all tokens of some sequences: its inputs x [S, T, K], the gradient at its outputs [S, T, N]."""
 
-    as_tuple: whether the blocks return tuples. Labels depend on `seed` and the sequence only. Raises NumericalError.
+    inputs: StreamStore
+    slopes: StreamStore
+
+    def loss(self, difference: torch.Tensor) -> float:
+        """½ of the mean over sequences of Σ_i (D_i · G_i)², G = Σ_t slope_t x_tᵀ the gradient of one sequence's loss.
+
+        That is the second-order rise of a sequence's loss for the change D [N, K] of the weight, float32, where the
+        changes of different outputs are independent; those of different tokens need not be.
+        """
+        total, samples = 0.0, self.inputs.shape[0]
+        for sample in range(samples):
+            here = slice(sample, sample + 1)
+            moved = self.inputs.read(here)[0].to(difference) @ difference.T
+            moved *= self.slopes.read(here)[0].to(difference)
+            total += float(moved.sum(0).square().sum(dtype=torch.float64))
+        return total / (2 * samples)
+
+
+def head_gradient(skeleton: Skeleton, read: Read, ids: torch.Tensor, hidden: StreamStore, gradient: StreamStore,
+                  seed: int, device: torch.device, dtype: torch.dtype, as_tuple: bool, first: int = 0) -> None:
+    """Fill `gradient` with ∂loss/∂h at h = `hidden`, the last block's outputs, of the sequences from `first` on.
+
+    ids: int64 [S, T].  as_tuple: whether the blocks return tuples. Labels depend on `seed` and the sequence only.
+    Raises NumericalError.
     """
     state: dict[str, torch.Tensor] = {}
 
@@ -37,7 +61,7 @@ def head_gradient(skeleton: Skeleton, read: Read, ids: torch.Tensor, hidden: Str
         return (state["hidden"],) if as_tuple else state["hidden"]
 
     model = blocks.without_blocks(skeleton, "", visit, read, device, dtype)
-    for sample in range(len(ids)):
+    for sample in range(first, len(ids)):
         here = slice(sample, sample + 1)
         state["hidden"] = hidden.read(here).to(device=device, dtype=dtype, copy=True).requires_grad_()
         with torch.enable_grad():
@@ -48,7 +72,7 @@ def head_gradient(skeleton: Skeleton, read: Read, ids: torch.Tensor, hidden: Str
             rows = slice(start, start + ROWS)
             slope[0, rows] = loss_slope(logits[0, rows].detach(), uniform[rows].to(device))
         torch.autograd.backward(logits, slope)
-        gradient.write(here, _gradient_of(state["hidden"], "the output head"))
+        gradient.write(slice(sample - first, sample - first + 1), _gradient_of(state["hidden"], "the output head"))
 
 
 def loss_slope(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -60,20 +84,26 @@ def loss_slope(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def block_gradient(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
                    hidden: StreamStore, gradient: StreamStore, batches: Iterable[slice], device: torch.device,
-                   dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Take `gradient` from the exit of a block to its entrance, where `hidden` is; both cover all samples.
+                   dtype: torch.dtype, kept: Mapping[str, Kept], first: int = 0) -> dict[str, torch.Tensor]:
+    """Take `gradient` from the exit of a block to its entrance, where `hidden` is, on the samples in `batches`.
 
-    Returns, by full name, the sum over tokens of the squared gradient of each output of a linear: float32 [N]. Experts
-    that no token reached have none. Raises NumericalError.
+    first: the sample that `gradient` and `kept` begin with.  kept: is filled, by full name; not for experts, which see
+    some tokens only.  Returns, by full name, the sum over tokens of the squared gradient of each output of a linear:
+    float32 [N]. Experts that no token reached have none. Raises NumericalError.
     """
     sums: dict[str, torch.Tensor] = {}
+    now = slice(0, 0)
 
     def watch(name: str) -> Callable[..., None]:
         def add(slope: torch.Tensor) -> None:
             squares = slope.detach().reshape(-1, slope.shape[-1]).float().square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
+            if name in kept:
+                kept[name].slopes.write(now, slope)
 
-        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if name in kept:
+                kept[name].inputs.write(now, inputs[0])
             output.register_hook(add)
 
         return hook
@@ -82,11 +112,12 @@ def block_gradient(block: nn.Module, prefix: str, linears: Sequence[str], argume
                for name in linears]
     try:
         for batch in batches:
+            now = slice(batch.start - first, batch.stop - first)
             entrance = hidden.read(batch).to(device=device, dtype=dtype, copy=True).requires_grad_()
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others may add in any order on a GPU
                 output = block_output(block, arguments, index, entrance)
-                torch.autograd.backward(output, gradient.read(batch).to(device=device, dtype=dtype))
-            gradient.write(batch, _gradient_of(entrance, prefix))
+                torch.autograd.backward(output, gradient.read(now).to(device=device, dtype=dtype))
+            gradient.write(now, _gradient_of(entrance, prefix))
     finally:
         for handle in handles:
             handle.remove()
