@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (2, 3, 4, 8)
 GROUPS = (128, 64, 32)
+MEASURED = 0.25  # of the sequences of a search: what the losses are taken from, the rest is for the solver
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qtool.budget import MEASURED
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe
 
@@ -98,10 +99,12 @@ def _search(work: Work) -> dict[str, int]:
     batch (the scores of the attention too), or one solve.
     """
     length, compute, hidden = work.recipe.calibration.sequence_length, work.compute_dtype.itemsize, work.skeleton.hidden
-    stream = work.search_samples * length * hidden * (work.model_dtype.itemsize + 4)
+    tokens = work.search_samples * length
+    measured = int(tokens * MEASURED) + length
+    stream = tokens * hidden * work.model_dtype.itemsize + measured * hidden * 4
     vocabulary = work.skeleton.vocabulary
     head = vocabulary * (hidden * (work.model_dtype.itemsize + compute) + 3 * length * compute)
-    batch, largest = work.recipe.calibration.batch_tokens or 0, 0
+    batch, largest, kept = work.recipe.calibration.batch_tokens or 0, 0, 0
     for stage in work.stages:
         if stage.block is not None:
             groups, elements = _groups(stage), sum(one.shape[0] * one.shape[1] for one in stage.linears)
@@ -109,10 +112,12 @@ def _search(work: Work) -> dict[str, int]:
             forward = batch * (6 * widest + 12 * hidden + 3 * length * hidden // 64) * compute
             solve = max((_solving(*group, work) for group in groups), default=0)
             sums = sum(4 * columns**2 for _, columns in groups)
+            kept = max(kept, sum(one.shape[1] * work.model_dtype.itemsize + one.shape[0] * 4 for one in stage.linears
+                                 if ".experts." not in one.name))
             largest = max(largest, elements * (compute + work.model_dtype.itemsize) + sums + max(forward, solve))
     held = min(stream, int(work.recipe.memory_budget_gb * 1e9))
     blocks = sum(stage.block is not None for stage in work.stages)
-    files = stream // (work.model_dtype.itemsize + 4) * (work.model_dtype.itemsize * (blocks + 1) + 8)
+    files = tokens * hidden * work.model_dtype.itemsize * (blocks + 1) + measured * (8 * hidden + kept)
     return {"search": held + max(head, largest), "search_files": files}
 
 
@@ -123,12 +128,14 @@ def seconds(work: Work) -> float | None:
 
 
 def _search_flops(work: Work) -> float:
-    """Three passes forward, one backward; the head; H; and of every candidate a factor and a solve."""
+    """Two passes forward and H; on what is measured one more, one backward, the head and one product per candidate;
+    and of every candidate a factor and a solve."""
     tokens = work.search_samples * work.recipe.calibration.sequence_length
     linears = [linear.shape for stage in work.stages for linear in stage.linears]
     shared = {(linear.block, linear.shape[1]) for stage in work.stages for linear in stage.linears}
-    passes = 4 * sum(rows * columns for rows, columns in linears) + 2 * work.skeleton.vocabulary * work.skeleton.hidden
-    flops = tokens * (2.0 * passes + sum(columns**2 for _, columns in shared))
+    weights, head = sum(rows * columns for rows, columns in linears), work.skeleton.vocabulary * work.skeleton.hidden
+    flops = tokens * (4.0 * weights + sum(columns**2 for _, columns in shared))
+    flops += 2.0 * tokens * MEASURED * ((2 + work.candidates) * weights + 2 * head)
     if work.calibrated:
         flops += work.candidates * 6.0 * sum(rows * columns**2 for rows, columns in linears)
     return flops

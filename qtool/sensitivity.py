@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from qtool import found, heap, quality
+from qtool.budget import MEASURED
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import NumericalError, PlanError
 from qtool.layer import Layer
@@ -37,7 +38,6 @@ from qtool.tensors import CalibrationStats
 from qtool.workspace import Workspace
 
 STAGE = "allocation"
-MEASURED = 0.25  # of the sequences
 Losses = dict[str, dict[str, float]]  # linear -> label of a scheme -> nats per token
 
 

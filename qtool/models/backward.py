@@ -28,7 +28,7 @@ ROWS = 256  # of logits that are in float32 at a time
 
 @dataclass(frozen=True)
 class Kept:
-    """Of one linear, for all tokens of some sequences: its inputs x [S, T, K], the gradient at its outputs [S, T, N]."""
+    """Of one linear, for all tokens of S sequences: its inputs x [S, T, K], the gradient at its outputs [S, T, N]."""
 
     inputs: StreamStore
     slopes: StreamStore
