@@ -7,6 +7,7 @@ is run again with autograd on its kept input, so that memory is one block and on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qtool.errors import NumericalError
+from qtool.errors import ModelError, NumericalError
 from qtool.models import blocks
 from qtool.models.blocks import BlockArguments, Read
 from qtool.models.skeleton import Skeleton
@@ -67,12 +68,17 @@ def head_gradient(skeleton: Skeleton, read: Read, ids: torch.Tensor, hidden: Str
         with torch.enable_grad():
             logits = model(ids[here].to(device), use_cache=False).logits
         slope = torch.empty_like(logits)
-        uniform = torch.rand(ids.shape[1], generator=torch.Generator().manual_seed(seed * len(ids) + sample))
+        uniform = draws(seed, sample, ids.shape[1])
         for start in range(0, logits.shape[1], ROWS):
             rows = slice(start, start + ROWS)
             slope[0, rows] = loss_slope(logits[0, rows].detach(), uniform[rows].to(device))
         torch.autograd.backward(logits, slope)
         gradient.write(slice(sample - first, sample - first + 1), _gradient_of(state["hidden"], "the output head"))
+
+
+def draws(seed: int, sample: int, length: int) -> torch.Tensor:
+    """Numbers in [0, 1) that decide the labels of one sequence: float32 [T]."""
+    return torch.rand(length, generator=torch.Generator().manual_seed((seed * 1_000_003 + sample) % (1 << 63)))
 
 
 def loss_slope(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -99,11 +105,11 @@ def block_gradient(block: nn.Module, prefix: str, linears: Sequence[str], argume
             squares = slope.detach().reshape(-1, slope.shape[-1]).float().square().sum(0)
             sums[name] = sums[name] + squares if name in sums else squares
             if name in kept:
-                kept[name].slopes.write(now, slope)
+                _write(kept[name].slopes, now, slope, name)
 
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if name in kept:
-                kept[name].inputs.write(now, inputs[0])
+                _write(kept[name].inputs, now, inputs[0], name)
             output.register_hook(add)
 
         return hook
@@ -122,6 +128,15 @@ def block_gradient(block: nn.Module, prefix: str, linears: Sequence[str], argume
         for handle in handles:
             handle.remove()
     return sums
+
+
+def _write(store: StreamStore, here: slice, tokens: torch.Tensor, name: str) -> None:
+    """What may have come as [B, T, width] or [B T, width]."""
+    shape = (here.stop - here.start, *store.shape[1:])
+    if tokens.numel() != math.prod(shape):
+        raise ModelError(f"{name} receives {list(tokens.shape)}, not every token of {shape[0]} sequences of {shape[1]} "
+                         "once; a budget cannot be used for a model of this kind: give the schemes by rules")
+    store.write(here, tokens.reshape(shape))
 
 
 def _gradient_of(hidden: torch.Tensor, name: str) -> torch.Tensor:

@@ -46,7 +46,7 @@ def whole_model(loaded: Loaded, ids: torch.Tensor) -> tuple[dict[str, torch.Tens
         model.get_submodule(name).register_forward_hook(watch(name))
     for sample in range(SAMPLES):
         logits = model(ids[sample][None], use_cache=False).logits[0]
-        uniform = torch.rand(LENGTH, generator=torch.Generator().manual_seed(SEED * SAMPLES + sample))
+        uniform = backward.draws(SEED, sample, LENGTH)
         labels = (logits.detach().softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp_max(logits.shape[-1] - 1)
         model.zero_grad()
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
