@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool.budget import MEASURED
+from qtool.models.backward import ROWS
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe
 
@@ -95,7 +96,7 @@ def _kept(work: Work) -> int:
 def _search(work: Work) -> dict[str, int]:
     """The search for schemes (sensitivity.py): the stream and its gradient with the head or with one block; its files.
 
-    The head: the embedding, itself, logits and their gradient. A block: all its statistics, what autograd keeps of a
+    The head: the embedding, itself, logits, their gradient and some rows in float32. A block: all its statistics, what autograd keeps of a
     batch (the scores of the attention too), or one solve.
     """
     length, compute, hidden = work.recipe.calibration.sequence_length, work.compute_dtype.itemsize, work.skeleton.hidden
@@ -103,7 +104,7 @@ def _search(work: Work) -> dict[str, int]:
     measured = int(tokens * MEASURED) + length
     stream = tokens * hidden * work.model_dtype.itemsize + measured * hidden * 4
     vocabulary = work.skeleton.vocabulary
-    head = vocabulary * (hidden * (work.model_dtype.itemsize + compute) + 3 * length * compute)
+    head = vocabulary * (hidden * (work.model_dtype.itemsize + compute) + 3 * length * compute + 4 * ROWS * 4)
     batch, largest, kept = work.recipe.calibration.batch_tokens or 0, 0, 0
     for stage in work.stages:
         if stage.block is not None:

@@ -24,7 +24,7 @@ from qtool.models.statistics import block_output
 from qtool.models.streams import StreamStore
 from qtool.tensors import all_finite
 
-ROWS = 256  # of logits that are in float32 at a time
+ROWS = 64  # of logits that are in float32 at a time
 
 
 @dataclass(frozen=True)
