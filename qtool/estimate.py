@@ -96,8 +96,8 @@ def _kept(work: Work) -> int:
 def _search(work: Work) -> dict[str, int]:
     """The search for schemes (sensitivity.py): the stream and its gradient with the head or with one block; its files.
 
-    The head: the embedding, itself, logits, their gradient and some rows in float32. A block: all its statistics, what autograd keeps of a
-    batch (the scores of the attention too), or one solve.
+    The head: the embedding, itself, logits, their gradient and some rows in float32. A block: all its statistics, what
+    autograd keeps of a batch (the scores of the attention too), or one solve.
     """
     length, compute, hidden = work.recipe.calibration.sequence_length, work.compute_dtype.itemsize, work.skeleton.hidden
     tokens = work.search_samples * length
