@@ -32,7 +32,7 @@ def recipe(method: str, bits: int, group: int) -> list[Any]:
                                  group_size=group, **({"actorder": "static"} if method == "gptq" else {}))
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)}
     if method == "awq":
-        return [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=HEAD)]
+        return [AWQModifier(config_groups=groups, ignore=HEAD)]
     if method == "gptq":
         return [GPTQModifier(config_groups=groups, ignore=HEAD)]
     if method == "w8a8":

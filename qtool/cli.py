@@ -56,7 +56,11 @@ Method = Annotated[str | None, _recipe_option(
     "fp8-block, nf4, fp4, nf4-gptq, mxfp4, nvfp4, rotate, rotate+gptq (gptq).",
     metavar="NAME")]
 RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
-Bits = Annotated[int | None, _recipe_option("Bits of a code: 2, 3, 4 or 8 (4).", metavar="N")]
+Bits = Annotated[float | None, _recipe_option(
+    "Bits of a code: 2, 3, 4 or 8 (4); with a fraction, as in 3.5, the same as --budget.", metavar="N")]
+Budget = Annotated[str | None, _recipe_option(
+    "Mixed precision: average bits per quantized weight, scales included, or a size of all tensors: 3.5, 4.2GB.",
+    metavar="BITS|SIZE")]
 GroupSize = Annotated[str | None, _recipe_option(
     "Input columns that share a scale (128); -1: a whole row; auto: the largest of 128, 64, 32 that fits every layer.",
     metavar="N|auto")]
@@ -113,18 +117,20 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command(epilog="Examples:\n\nqtool quantize Qwen/Qwen3-8B --method gptq --bits 4\n\n"
                     "qtool quantize ./model --recipe gptq-int4 --set calibration.samples=256 --dry-run")
 def quantize(
-    model: Model, method: Method = None, recipe: RecipeName = None, bits: Bits = None, group_size: GroupSize = None,
-    symmetric: Symmetric = False, asymmetric: Asymmetric = False, double_quant: DoubleQuant = False,
-    kv_cache: KvCache = None, format_: Format = None, calibration: Text = None, samples: Samples = None,
-    sequence_length: Length = None, dtype: Dtype = None, seed: Seed = None, set_: Settings = None, out: Out = None,
-    device: Device = "auto", dry_run: DryRun = False, restart: Restart = False, json: Json = False,
-    quiet: Quiet = False,
+    model: Model, method: Method = None, recipe: RecipeName = None, bits: Bits = None, budget: Budget = None,
+    group_size: GroupSize = None, symmetric: Symmetric = False, asymmetric: Asymmetric = False,
+    double_quant: DoubleQuant = False, kv_cache: KvCache = None, format_: Format = None, calibration: Text = None,
+    samples: Samples = None, sequence_length: Length = None, dtype: Dtype = None, seed: Seed = None,
+    set_: Settings = None, out: Out = None, device: Device = "auto", dry_run: DryRun = False, restart: Restart = False,
+    json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
 
     The same command goes on where an earlier one stopped.
     """
-    flags = {"--bits": ("scheme.bits", bits), "--group-size": ("scheme.group_size", _group_size(group_size)),
+    whole, budget = _budget(bits, budget)
+    flags = {"--bits": ("scheme.bits", whole), "--budget": ("budget", budget),
+             "--group-size": ("scheme.group_size", _group_size(group_size)),
              "--symmetric": ("scheme.symmetric", _symmetric(symmetric, asymmetric)), "--format": ("format", format_),
              "--kv-cache": ("kv_cache", kv_cache), "--double-quant": ("scheme.double_quant", double_quant or None),
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
@@ -294,6 +300,13 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _budget(bits: float | None, budget: str | None) -> tuple[int | float | None, str | None]:
+    """(bits of a code, budget): bits with a fraction are a budget."""
+    if bits is not None and budget is not None:
+        raise RecipeError(f"--bits {bits:g} and --budget {budget} both say how many bits; give one of them")
+    return (bits, budget) if bits is None else (int(bits), None) if bits.is_integer() else (None, f"{bits}")
+
+
 def _group_size(given: str | None) -> int | str | None:
     if given is None or given == "auto":
         return given
@@ -320,7 +333,12 @@ def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, An
         if value is not None:
             made = recipe.override(made, {key: value}, flag)
     changes = dict(recipe.parse_setting(setting) for setting in settings)
-    return recipe.override(made, changes) if changes else made
+    made = recipe.override(made, changes) if changes else made
+    idle = [flag for flag in ("--bits", "--group-size") if flags[flag][1] is not None]
+    if idle and made.budget is not None and not made.budget.schemes:
+        raise RecipeError(f"{idle[0]} means nothing with a budget, which chooses bits and groups for each linear; "
+                          "leave it out, or list what may be chosen under budget.schemes in a recipe")
+    return made
 
 
 def _unquantized(model: str) -> Any:

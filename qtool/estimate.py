@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qtool.budget import MEASURED
+from qtool.models.backward import ROWS
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe
 from qtool.tensors import any_number
 
 if TYPE_CHECKING:
-    from qtool.plan import Stage
+    from qtool.stages import Stage
 
 PAGE = 4096
 
@@ -36,7 +38,9 @@ class Work:
     samples: int
     calibrated: bool
     float_share: float
-    rotated: bool
+    rotated: bool = False
+    search_samples: int = 0  # of a budget: sequences that the schemes are chosen on
+    candidates: int = 0  # and the most schemes that one linear may take
 
     @property
     def streams(self) -> int:
@@ -59,6 +63,14 @@ def resident() -> int:
 def memory(work: Work) -> dict[str, int]:
     """Bytes by purpose; `peak` is the largest sum that is held at one time."""
     base = resident()
+    terms = _memory(work, base)
+    if work.search_samples:
+        terms |= _search(work)
+        terms["peak"] = max(terms["peak"], base + terms["search"])
+    return terms
+
+
+def _memory(work: Work, base: int) -> dict[str, int]:
     largest = max((spec.nbytes for stage in work.stages for spec in stage.outputs), default=0)
     solve = max((_solving(*linear.shape, work) for stage in work.stages for linear in stage.linears), default=0)
     trial = max(_trial(work.skeleton, index) for index in range(len(work.skeleton.blocks))) if work.rotated else 0
@@ -91,10 +103,56 @@ def _kept(work: Work) -> int:
     return work.tokens * (widest + 2 * work.skeleton.hidden) * work.model_dtype.itemsize * work.streams
 
 
+def _search(work: Work) -> dict[str, int]:
+    """The search for schemes (sensitivity.py): the stream and its gradient with the head or with one block; its files.
+
+    The head: the embedding, itself, logits, their gradient and some rows in float32. A block: all its statistics, what
+    autograd keeps of a batch (the scores of the attention too), or one solve.
+    """
+    length, compute, hidden = work.recipe.calibration.sequence_length, work.compute_dtype.itemsize, work.skeleton.hidden
+    tokens = work.search_samples * length
+    measured = int(tokens * MEASURED) + length
+    stream = tokens * hidden * work.model_dtype.itemsize + measured * hidden * 4
+    vocabulary = work.skeleton.vocabulary
+    head = vocabulary * (hidden * (work.model_dtype.itemsize + compute) + 3 * length * compute + 4 * ROWS * 4)
+    batch, largest, kept = work.recipe.calibration.batch_tokens or 0, 0, 0
+    for stage in work.stages:
+        if stage.block is not None:
+            groups, elements = _groups(stage), sum(one.shape[0] * one.shape[1] for one in stage.linears)
+            widest = max((max(one.shape) for one in stage.linears), default=0)
+            forward = batch * (6 * widest + 12 * hidden + 3 * length * hidden // 64) * compute
+            solve = max((_solving(*group, work) for group in groups), default=0)
+            sums = sum(4 * columns**2 for _, columns in groups)
+            kept = max(kept, sum(one.shape[1] * work.model_dtype.itemsize + one.shape[0] * 4 for one in stage.linears
+                                 if ".experts." not in one.name))
+            largest = max(largest, elements * (compute + work.model_dtype.itemsize) + sums + max(forward, solve))
+    held = min(stream, int(work.recipe.memory_budget_gb * 1e9))
+    blocks = sum(stage.block is not None for stage in work.stages)
+    files = tokens * hidden * work.model_dtype.itemsize * (blocks + 1) + measured * (8 * hidden + kept)
+    return {"search": held + max(head, largest), "search_files": files}
+
+
 def seconds(work: Work) -> float | None:
     """From the arithmetic and the rate of one small matrix product here; rough, and None for data-free plans."""
-    if not work.calibrated:
-        return None
+    flops = (_run_flops(work) if work.calibrated else 0.0) + (_search_flops(work) if work.search_samples else 0.0)
+    return flops / _rate(work.device, work.compute_dtype) if flops else None
+
+
+def _search_flops(work: Work) -> float:
+    """Two passes forward and H; on what is measured one more, one backward, the head and one product per candidate;
+    and of every candidate a factor and a solve."""
+    tokens = work.search_samples * work.recipe.calibration.sequence_length
+    linears = [linear.shape for stage in work.stages for linear in stage.linears]
+    shared = {(linear.block, linear.shape[1]) for stage in work.stages for linear in stage.linears}
+    weights, head = sum(rows * columns for rows, columns in linears), work.skeleton.vocabulary * work.skeleton.hidden
+    flops = tokens * (4.0 * weights + sum(columns**2 for _, columns in shared))
+    flops += 2.0 * tokens * MEASURED * ((2 + work.candidates) * weights + 2 * head)
+    if work.calibrated:
+        flops += work.candidates * 6.0 * sum(rows * columns**2 for rows, columns in linears)
+    return flops
+
+
+def _run_flops(work: Work) -> float:
     linear_weights = sum(linear.shape[0] * linear.shape[1] for stage in work.stages for linear in stage.linears)
     shared = {(linear.block, linear.shape[1]): linear.shape for stage in work.stages for linear in stage.linears}
     passes = (1 if work.device.type == "cpu" else 2) * (1 + work.float_share)
@@ -102,7 +160,7 @@ def seconds(work: Work) -> float | None:
     flops += sum(columns**2 * work.tokens * (1 + 2 * work.float_share) for _, columns in shared.values())
     products = sum(one.shape[0] * one.shape[1] ** 2 for stage in work.stages for one in stage.linears)  # N K², to solve
     flops += (20 if work.float_share else 12) * products
-    return flops / _rate(work.device, work.compute_dtype)
+    return flops
 
 
 def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:

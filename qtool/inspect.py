@@ -69,6 +69,8 @@ def summary(source: Source) -> dict[str, Any]:
         "bits_per_weight": bits_per_weight(source), "schemes": _schemes(rows),
         "not_quantized": _not_quantized(source, record), "error": kind_and_error,
         "outliers": _outliers(rows), "made_by": _made_by(record),
+        "allocation": {key: value for key, value in ((record or {}).get("allocation") or {}).items()
+                       if key != "linears"} or None,
     }
 
 
@@ -77,7 +79,9 @@ def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]
 
     In the manifest's order, which is that of execution; else by name, numbers by their value.
     """
-    recorded = {layer["stored"]: layer for layer in (record or {}).get("layers", [])}
+    expected = _expected(record)
+    recorded = {layer["stored"]: {**layer, **expected.get(layer["name"], {})}
+                for layer in (record or {}).get("layers", [])}
     names = list(source.schemes) or [name.removesuffix(".weight") for name, spec in source.specs.items()
                                      if len(spec.shape) == 2 and name.endswith(".weight")]
     sizes, place = _linear_bytes(source), {name: index for index, name in enumerate(recorded)}
@@ -99,6 +103,12 @@ def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]
             "sqnr_db": known.get("sqnr_db"),
         })
     return [{**{key: row[key] for key in FIRST if key in row}, **row} for row in rows]
+
+
+def _expected(record: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Of linears that a budget chose the scheme of: the KL divergence expected of it, and with the other schemes."""
+    return {one["name"]: {"expected_kl": one["losses"][one["scheme"]], "losses": one["losses"]}
+            for one in ((record or {}).get("allocation") or {}).get("linears", [])}
 
 
 def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step = no_steps) -> dict[str, Any]:

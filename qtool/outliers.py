@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from qtool.plan import Plan, Stage
+from qtool.plan import Plan
+from qtool.stages import Stage
 from qtool.stream import Stream
 
 

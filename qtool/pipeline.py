@@ -1,5 +1,6 @@
 """Runs a Plan. This file is the story of a tensor, from disk to disk.
 
+    with a budget       the scheme of each linear is searched for (sensitivity.py)
     before the blocks   the tensors are copied; the calibration tokens become the activation stream
     for each block      read its weights            (the next block is read meanwhile)
                         collect statistics          one per shared input, while the stream runs through it
@@ -27,15 +28,16 @@ from typing import Any, Protocol
 import torch
 
 import qtool
-from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality, rotate
+from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality, rotate, sensitivity
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
 from qtool.models import blocks, calibration
 from qtool.outliers import outlier_notes
-from qtool.plan import LinearPlan, Plan, Stage, linear_bytes
+from qtool.plan import Plan, with_schemes
 from qtool.rescale import rescale
+from qtool.stages import LinearPlan, Stage
 from qtool.stream import Stream
 from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
 from qtool.workspace import Workspace, refuse_existing
@@ -62,28 +64,39 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
     heap.reuse()
     tokens = _tokens(checkpoint, plan)
     identity = _identity(checkpoint, plan, tokens)
-    with Workspace(plan.out, identity, restart) as work, torch.inference_mode():
-        writer = ShardWriter(work.folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
-        done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
-        progress.start(plan.blocks, done)
-        job = Job(rotate.view(checkpoint, plan.rotated), plan, writer, progress)
-        stream = Stream.open(plan, job.checkpoint.read, tokens, work) if tokens is not None else None
-        for stage, weights in _read_ahead(job, work.finished):
-            began = time.monotonic()
-            layers = _do_stage(job, stage, weights, stream)
-            heap.give_back()
-            writer.sync()
-            if stream is not None and stage.block is not None:
-                stream.save(stage.block + 1)
-            work.record(stage.name, {"layers": layers})
-            if stream is not None and stage.block is not None:
-                stream.forget(stage.block)
-            if stage.block is not None:
-                progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
-        progress.message("naming and hashing the files")
-        result = _finish(job, work, identity)
+    source = rotate.view(checkpoint, plan.rotated)
+    with Workspace(plan.out, identity, restart) as work:
+        if plan.problem is not None and tokens is not None:
+            chosen = sensitivity.allocation(source, plan, tokens.ids, work, progress.message)
+            plan = with_schemes(plan, sensitivity.schemes_of(plan, chosen))
+        with torch.inference_mode():
+            result = _quantize(source, plan, progress, tokens, work)
     progress.finish()
     return result
+
+
+def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: calibration.CalibrationTokens | None,
+              work: Workspace) -> dict[str, Any]:
+    """Everything once the schemes are known."""
+    writer = ShardWriter(work.folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
+    done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
+    progress.start(plan.blocks, done)
+    job = Job(checkpoint, plan, writer, progress)
+    stream = Stream.open(plan, checkpoint.read, tokens, work) if tokens is not None and plan.calibrated else None
+    for stage, weights in _read_ahead(job, work.finished):
+        began = time.monotonic()
+        layers = _do_stage(job, stage, weights, stream)
+        heap.give_back()
+        writer.sync()
+        if stream is not None and stage.block is not None:
+            stream.save(stage.block + 1)
+        work.record(stage.name, {"layers": layers})
+        if stream is not None and stage.block is not None:
+            stream.forget(stage.block)
+        if stage.block is not None:
+            progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
+    progress.message("naming and hashing the files")
+    return _finish(job, work)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,7 @@ def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: t
     return {
         "name": linear.name, "stored": linear.stored, "block": linear.block, "shape": list(linear.shape),
         "scheme": linear.scheme.model_dump(),
-        "bytes": linear_bytes(plan.format, linear, plan.model_dtype),
+        "bytes": plan.linear_bytes(linear),
         "relative_error": _rounded(in_outputs), "weight_error": _rounded(in_weights), "sqnr_db": _rounded(ratio),
         "tokens": stats.tokens if stats else 0, "held_out_tokens": stats.held_out.tokens if stats else 0,
         "pooled": bool(stats and stats.pooled), "solved_together": solved_together, **layer.notes,
@@ -262,9 +275,9 @@ def _read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dic
 
 
 def _tokens(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:
-    if not plan.calibrated:
+    if not plan.text_samples:
         return None
-    return calibration.load_tokens(plan.recipe.calibration, checkpoint.directory, plan.samples,
+    return calibration.load_tokens(plan.recipe.calibration, checkpoint.directory, plan.text_samples,
                                    plan.skeleton.vocabulary)
 
 
@@ -272,14 +285,14 @@ def _identity(checkpoint: Checkpoint, plan: Plan, tokens: calibration.Calibratio
     source = {"name": checkpoint.name, "origin": checkpoint.origin, "files": checkpoint.hashes()}
     used = None
     if tokens is not None:
-        used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.samples,
+        used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.text_samples,
                 "sequence_length": plan.recipe.calibration.sequence_length}
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": version("transformers"), "device": plan.device.type, "ops": ops.backend()}
     return manifest.identity(qtool.__version__, source, plan.recipe.model_dump(mode="json"), used, versions)
 
 
-def _finish(job: Job, work: Workspace, identity: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, work: Workspace) -> dict[str, Any]:
     """Name the shards, add config, tokenizer, manifest and card, check the key set, rename the directory."""
     plan = job.plan
     layers = [record for stage in plan.stages for record in work.finished[stage.name]["layers"]]
@@ -298,8 +311,9 @@ def _finish(job: Job, work: Workspace, identity: dict[str, Any]) -> dict[str, An
     hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
               if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}
     parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
-    result = {**identity, "format": plan.format.NAME, "layers": layers, "rotation": rotate.describe(plan.rotated),
+    result = {**work.identity, "format": plan.format.NAME, "layers": layers, "rotation": rotate.describe(plan.rotated),
               "kept": [{"name": name, "reason": reason} for name, reason in plan.kept], "outputs": hashes,
+              "allocation": work.finished.get(sensitivity.STAGE, {}).get("allocation"),
               "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
     text = card.text(result, plan.format.LOADERS)
     (work.folder / "README.md").write_text(text, encoding="utf-8")

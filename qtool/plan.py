@@ -7,6 +7,7 @@ shape and dtype. Running it is then a plain loop (pipeline.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,41 +16,21 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from qtool import estimate, found, rotate
+from qtool import budget, estimate, found, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
+from qtool.formats import stored_bytes
 from qtool.models import outline
 from qtool.models import skeleton as skeletons
 from qtool.models.blocks import choose_compute_dtype
 from qtool.models.rotations import Rotated
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe, Scheme
+from qtool.stages import Layout, LinearPlan, Stage
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
+from qtool.units import size
 
 AUTO_GROUPS = (128, 64, 32)
-
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """One linear [N, K] that will be quantized; `stored` is its name in the checkpoint and in the output."""
-
-    name: str
-    stored: str
-    shape: tuple[int, int]
-    scheme: Scheme
-    block: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is done and recorded as one: the tensors before the blocks, each block, the tensors after them."""
-
-    name: str
-    block: int | None
-    linears: tuple[LinearPlan, ...]
-    copied: tuple[str, ...]  # checkpoint tensors that go over as they are
-    outputs: tuple[TensorSpec, ...]
-    attention: str | None = None  # the module, by its stored name, whose keys and values get scales
 
 
 @dataclass(frozen=True)
@@ -67,12 +48,14 @@ class Plan:
     steps: tuple[tuple[ModuleType, Any], ...]
     rotated: Rotated | None
     format: ModuleType
+    layout: Layout
     stages: tuple[Stage, ...]
     kept: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     source_bytes: int
     memory: dict[str, int]
     seconds: float | None
+    problem: budget.Problem | None = None  # what a search will decide; until then the schemes of `linears` are a guess
 
     @property
     def calibrated(self) -> bool:
@@ -83,6 +66,16 @@ class Plan:
     def solves_on_text(self) -> bool:
         """Whether a step wants statistics of the inputs."""
         return any(module.CALIBRATED and not getattr(module, "LISTS_OUTLIERS", False) for module, _ in self.steps)
+
+    @property
+    def search_samples(self) -> int:
+        """Calibration sequences that the schemes will be chosen on; 0: there is nothing to choose."""
+        return min(self.samples, self.recipe.budget.samples) if self.recipe.budget else 0
+
+    @property
+    def text_samples(self) -> int:
+        """Calibration sequences that a run needs."""
+        return self.samples if self.calibrated else self.search_samples
 
     @property
     def float_share(self) -> float:
@@ -113,26 +106,33 @@ class Plan:
     def disk_bytes(self) -> int:
         """Largest need while running: the output and, when calibrating, two generations of the stream and its files."""
         streams = 2 * self.memory.get("stream", 0) * (2 if self.float_stream else 1) if self.calibrated else 0
-        return self.weight_bytes + streams + self.memory.get("kept_in_files", 0)
+        running = streams + self.memory.get("kept_in_files", 0)
+        return self.weight_bytes + max(running, self.memory.get("search_files", 0))
 
     @property
     def peak_memory(self) -> int:
         return self.memory["peak"]
 
+    def linear_bytes(self, linear: LinearPlan) -> int:
+        """Stored bytes of one quantized linear, scales and zero points included."""
+        return stored_bytes(self.format, linear.stored, linear.shape, linear.scheme, self.model_dtype)
+
     @property
     def bits_per_weight(self) -> float:
         weights = sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
-        stored = sum(linear_bytes(self.format, linear, self.model_dtype) for linear in self.linears)
+        stored = sum(self.linear_bytes(linear) for linear in self.linears)
         return 8 * stored / weights if weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
+        free = {name for choice in self.problem.choices for name in choice.linears} if self.problem else set()
         return {
             "schema": 1, "source": self.origin, "out": str(self.out), "recipe": self.recipe.model_dump(mode="json"),
             "device": str(self.device), "dtype": NAMES_OF_DTYPES[self.model_dtype],
             "compute_dtype": NAMES_OF_DTYPES[self.compute_dtype],
-            "blocks": self.blocks, "samples": self.samples if self.calibrated else 0,
-            "linears": [{"name": one.name, "shape": list(one.shape), "scheme": one.scheme.model_dump(),
-                         "block": one.block} for one in self.linears],
+            "blocks": self.blocks, "samples": self.text_samples,
+            "linears": [{"name": one.name, "shape": list(one.shape), "block": one.block,
+                         "scheme": None if one.name in free else one.scheme.model_dump()} for one in self.linears],
+            "budget": {"samples": self.search_samples, **self.problem.to_json()} if self.problem else None,
             "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
             "rotation": rotate.describe(self.rotated),
             "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
@@ -149,28 +149,33 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     rotating = rotate.wanted(steps)
     described = checkpoint.directory, checkpoint.config, checkpoint.specs
     calibrated = recipe.measures_ranges or any(module.CALIBRATED for module, _ in steps)
-    skeleton = (None if calibrated or rotating else outline.build(*described)) or skeletons.build(*described)
+    runs = calibrated or rotating or recipe.budget is not None
+    skeleton = (None if runs else outline.build(*described)) or skeletons.build(*described)
     rotated = rotate.find(skeleton, rotating, recipe.seed) if rotating else None
-    skeleton = rotated.skeleton if rotated else skeleton
+    skeleton, source = rotated.skeleton if rotated else skeleton, rotate.view(checkpoint, rotated)
     model_dtype = _model_dtype(recipe, checkpoint)
     linears, kept = ([], []) if _stays_dense(steps, recipe) else _match(recipe, skeleton)
+    attentions = _attentions(skeleton, format_) if recipe.kv_cache else []
+    layout = Layout(skeleton, source.specs, format_, model_dtype, recipe.dtype != "auto", tuple(attentions))
+    problem = None
+    if recipe.budget is not None:
+        problem = budget.pose(recipe, format_, model_dtype, linears, layout.bytes_beside(linears))
+        linears = _with_schemes(linears, problem.guess())
     recipe, linears = _settle_groups(recipe, linears)
     _check(linears, format_)
-    attentions = _attentions(skeleton, format_) if recipe.kv_cache else []
-    stages = _stages(skeleton, rotate.view(checkpoint, rotated), linears, attentions, format_, model_dtype,
-                     recipe.dtype != "auto")
+    stages = layout.stages(linears)
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
-                         float_share(steps), rotated is not None)
+                         float_share(steps), rotated is not None, *_search_size(recipe, problem))
     return Plan(
         origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
         model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
-        skeleton=skeleton, steps=steps, rotated=rotated, format=format_, stages=stages, kept=tuple(kept),
+        skeleton=skeleton, steps=steps, rotated=rotated, format=format_, layout=layout, stages=stages, kept=tuple(kept),
         warnings=tuple(_warnings(linears, format_)),
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
-        memory=estimate.memory(work), seconds=estimate.seconds(work),
+        memory=estimate.memory(work), seconds=estimate.seconds(work), problem=problem,
     )
 
 
@@ -179,10 +184,32 @@ def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> b
     return recipe.format == "hf" and all(getattr(module, "ROTATES", False) for module, _ in steps)
 
 
+def _search_size(recipe: Recipe, problem: budget.Problem | None) -> tuple[int, int]:
+    """Sequences that the schemes are chosen on, and the most candidates that a linear has."""
+    if recipe.budget is None or problem is None:
+        return 0, 0
+    return (min(recipe.calibration.samples or 0, recipe.budget.samples),
+            max(len(choice.schemes) for choice in problem.choices))
+
+
+def with_schemes(plan: Plan, chosen: Mapping[str, Scheme]) -> Plan:
+    """The plan with these schemes, by the names of linears, and nothing left to choose. Raises PlanError."""
+    linears = _with_schemes(plan.linears, chosen)
+    _check(linears, plan.format)
+    return replace(plan, stages=plan.layout.stages(linears), warnings=tuple(_warnings(linears, plan.format)),
+                   problem=None)
+
+
+def _with_schemes(linears: Sequence[LinearPlan], chosen: Mapping[str, Scheme]) -> list[LinearPlan]:
+    return [replace(one, scheme=chosen.get(one.name, one.scheme)) for one in linears]
+
+
 def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
     method, label = recipe.preset or recipe.method, recipe.scheme.label
     if recipe.format == "hf":
         return Path(f"{checkpoint.name}-{method}")
+    if recipe.budget is not None:
+        label = f"{recipe.budget.bits:g}bits" if recipe.budget.bits else size(recipe.budget.size or 0).replace(" ", "")
     return Path(f"{checkpoint.name}-{label if label.startswith(method + '-') else f'{method}-{label}'}")
 
 
@@ -190,11 +217,6 @@ def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:
     """The largest share that one of the steps asks for."""
     asking = [options for module, options in steps if getattr(module, "NEEDS_FLOAT_STREAM", False)]
     return max((options.share for options in asking), default=0.0)
-
-
-def linear_bytes(format_: ModuleType, linear: LinearPlan, model_dtype: torch.dtype) -> int:
-    """Stored bytes of one quantized linear, scales and zero points included."""
-    return sum(spec.nbytes for spec in format_.layout(linear.stored, linear.shape, linear.scheme, model_dtype))
 
 
 def _device(name: str) -> torch.device:
@@ -325,41 +347,6 @@ def _attentions(skeleton: Skeleton, format_: ModuleType) -> list[str]:
                             "come from is not known; leave kv_cache out")
         attentions.append(attention[1])
     return attentions
-
-
-def _stages(skeleton: Skeleton, checkpoint: Checkpoint, linears: list[LinearPlan], attentions: list[str],
-            format_: ModuleType, model_dtype: torch.dtype, convert: bool) -> tuple[Stage, ...]:
-    """Sort every parameter into before, block i, after; the order of the output file."""
-    by_block: list[list[LinearPlan]] = [[] for _ in skeleton.blocks]
-    for linear in linears:
-        by_block[linear.block].append(linear)
-    quantized = {linear.name + ".weight" for linear in linears}
-    copied: dict[int, list[str]] = {index: [] for index in range(-1, len(skeleton.blocks) + 1)}
-    seen_block = False
-    for name in skeleton.parameters:
-        place = next((i for i, prefix in enumerate(skeleton.blocks) if name.startswith(prefix + ".")), None)
-        seen_block = seen_block or place is not None
-        if place is None:
-            place = len(skeleton.blocks) if seen_block else -1
-        if name not in quantized and name not in skeleton.tied:
-            copied[place].append(skeleton.source(name))
-
-    def outputs(names: list[str], quantized_here: list[LinearPlan], attention: str | None) -> tuple[TensorSpec, ...]:
-        specs = [spec for one in quantized_here
-                 for spec in format_.layout(one.stored, one.shape, one.scheme, model_dtype)]
-        specs += format_.kv_scales(attention) if attention else []
-        for name in names:
-            spec = checkpoint.specs[name]
-            specs.append(TensorSpec(name, model_dtype, spec.shape) if convert and spec.dtype in FLOATING else spec)
-        return tuple(specs)
-
-    stages = [Stage("before", None, (), tuple(copied[-1]), outputs(copied[-1], [], None))]
-    for index, here in enumerate(by_block):
-        attention = attentions[index] if attentions else None
-        specs = outputs(copied[index], here, attention)
-        stages.append(Stage(f"block {index}", index, tuple(here), tuple(copied[index]), specs, attention))
-    last = copied[len(by_block)]
-    return (*stages, Stage("after", None, (), tuple(last), outputs(last, [], None)))
 
 
 def _warnings(linears: list[LinearPlan], format_: ModuleType) -> list[str]:

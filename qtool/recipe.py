@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from qtool.errors import RecipeError
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "recipes", HERE.parent / "recipes")  # an installed package; a source checkout
 MAX_RECIPE_BYTES = 1 << 20
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[kKMGT])(?P<binary>i?)B")
 OUTLIER_THRESHOLD = 6.0  # LLM.int8()'s, and what bitsandbytes takes where nothing is said
 
 
@@ -79,11 +81,9 @@ def scheme_label(scheme: Mapping[str, Any]) -> str:
     return f"{kind}-{group}{nested}{RUN_TIME.get(scheme.get('activations') or '', '')}"
 
 
-class Rule(Strict):
-    """Overrides for the linears whose name matches; the first rule that matches wins."""
+class Overrides(Strict):
+    """What differs from the recipe's scheme."""
 
-    match: str
-    skip: bool = False
     bits: int | None = Field(None, ge=2, le=8)
     group_size: int | Literal["auto"] | None = None
     symmetric: bool | None = None
@@ -92,16 +92,52 @@ class Rule(Strict):
     double_quant: bool | None = None
     activations: Activations | None = None
 
+    def apply(self, scheme: Scheme) -> Scheme:
+        changes = {key: value for key in Overrides.model_fields if (value := getattr(self, key)) is not None}
+        if self.activations not in (None, "outliers"):  # no outliers here, so no threshold
+            changes["outlier_threshold"] = OUTLIER_THRESHOLD
+        return Scheme.model_validate({**scheme.model_dump(), **changes})
+
+
+class Rule(Overrides):
+    """Overrides for the linears whose name matches; the first rule that matches wins."""
+
+    match: str
+    skip: bool = False
+
     def matches(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self.match)
 
-    def apply(self, scheme: Scheme) -> Scheme | None:
-        if self.skip:
-            return None
-        changes = {key: value for key, value in self.model_dump(exclude={"match", "skip"}).items() if value is not None}
-        if self.activations == "token":  # no outliers here, so no threshold
-            changes["outlier_threshold"] = OUTLIER_THRESHOLD
-        return Scheme.model_validate({**scheme.model_dump(), **changes})
+
+class Budget(Strict):
+    """What the output may take; each linear that no rule matches gets one of `schemes`, where it helps most.
+
+    bits: average stored bits per quantized weight, scales and zero points included.  size: bytes of all tensors of the
+    output, or a text such as 4.2GB.  schemes: what may be chosen, as overrides of the recipe's scheme; none: integers
+    around the budget in groups of 32, 64 and 128.  samples: calibration sequences that the sensitivities come from.
+    """
+
+    bits: float | None = Field(None, gt=0, le=16, allow_inf_nan=False)
+    size: int | None = Field(None, gt=0)
+    schemes: tuple[Overrides, ...] = ()
+    samples: int = Field(16, ge=1)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = SIZE.fullmatch(value.strip())
+        if found is None:
+            raise ValueError("a size is a number with kB, MB, GB or TB (or KiB, MiB, GiB, TiB), such as 4.2GB")
+        power = "KMGT".index(found["unit"].upper()) + 1
+        return int(float(found["number"]) * (1024 if found["binary"] else 1000) ** power)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Budget:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError("a budget has bits (an average, such as 3.5) or size (such as 4.2GB), one of the two")
+        return self
 
 
 class Calibration(Strict):
@@ -125,6 +161,7 @@ class Recipe(Strict):
     preset: str | None = None
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"rtn": {}},)
     scheme: Scheme = Scheme()
+    budget: Budget | None = None
     rules: tuple[Rule, ...] = ()
     format: str = "compressed-tensors"
     calibration: Calibration = Calibration()
@@ -147,6 +184,15 @@ class Recipe(Strict):
             steps.append({name: options or {} for name, options in entry.items()})
         return tuple(steps)
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _bits_or_size(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return {"bits": value}
+        if isinstance(value, str):
+            return {"bits" if re.fullmatch(r"[\d.]+|nan|inf", value) else "size": value}
+        return value
+
     @property
     def method(self) -> str:
         return "+".join(next(iter(step)) for step in self.steps)
@@ -161,7 +207,7 @@ class Recipe(Strict):
         """The scheme of the linear called name (None: left as it is), and the index of the rule that said so."""
         for index, rule in enumerate(self.rules):
             if rule.matches(name):
-                return rule.apply(self.scheme), index
+                return None if rule.skip else rule.apply(self.scheme), index
         return self.scheme, None
 
 
@@ -224,6 +270,8 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any, whole: str, where
         names = [name for step in data["steps"] for name in step]
         raise RecipeError(f"{where} {whole}: the recipe has no step '{keys[1]}'; its steps: {', '.join(names)}")
     for key in keys[:-1]:
+        if key == "budget" and data.get(key) is None:
+            data[key] = {}
         if not isinstance(data.get(key), dict):
             raise RecipeError(f"{where} {whole}: '{key}' has no keys below it{_nearest(key, data)}")
         data = data[key]
@@ -278,7 +326,8 @@ def _complaint(entry: Any, text: str) -> str:
     line = next((f" (line {number})" for number, content in enumerate(text.splitlines(), 1)
                  if path and content.strip().lstrip("- ").startswith(path[-1] + ":")), "")
     if entry["type"] == "extra_forbidden":
-        parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration}
+        parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration,
+                                             "budget": Budget}
         model = parts.get(path[0] if len(path) > 1 else "", Recipe)
         return f"unknown key '{key}'{line}{_nearest(path[-1], model.model_fields)}"
     return f"{key}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {entry['input']!r})"

@@ -54,6 +54,8 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
     rows.append(("method", method))
     rows += _rotated(data["rotation"])
     rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
+    if data["budget"]:
+        rows += [("budget" if not index else "", line) for index, line in enumerate(_budget(data))]
     rows += [("kept" if not index else "", line) for index, line in enumerate(_kept(data["kept"]))]
     rows.append(("size", f"{size(data['source_bytes'])} → {size(data['weight_bytes'])} "
                          f"({percent(data['weight_bytes'] / max(data['source_bytes'], 1))})"
@@ -67,10 +69,20 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
     return facts("Plan", rows)
 
 
+def _budget(data: Mapping[str, Any]) -> list[str]:
+    budget, wanted = data["budget"], data["recipe"]["budget"]
+    asked = f"{wanted['bits']:g} bits per quantized weight" if wanted["bits"] else f"{size(wanted['size'])} in all"
+    least, most = (f"{budget[key]:.4g}" for key in ("least_bits", "most_bits"))
+    return [f"at most {asked}, scales included; {least} to {most} bits are possible",
+            f"with {', '.join(budget['schemes'])}",
+            f"chosen while running, by their expected loss on {budget['samples']} calibration sequences"]
+
+
 def _schemes(linears: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[str, list[int]] = {}
     for one in linears:
-        found.setdefault(scheme_label(one["scheme"]), []).append(one["shape"][0] * one["shape"][1])
+        label = scheme_label(one["scheme"]) if one["scheme"] else "schemes still to be chosen"
+        found.setdefault(label, []).append(one["shape"][0] * one["shape"][1])
     blocks = len({one["block"] for one in linears})
     return [f"{len(weights)} linears to {name}, {millions(sum(weights))} weights"
             + (f", in {blocks} blocks" if len(found) == 1 else "") for name, weights in found.items()]
@@ -99,6 +111,7 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float) -> Renderab
                  f"{_bits(totals['bits_per_weight'])}"),
         *_rotated(manifest["rotation"]),
     ]
+    rows += _allocated(manifest.get("allocation"))
     kind, errors = errors_of(manifest["layers"])
     if errors:
         (worst, name), middle = errors[-1], errors[len(errors) // 2][0]
@@ -127,6 +140,14 @@ def _rotated(rotation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [("rotated", ", ".join(parts))]
 
 
+def _allocated(allocation: Mapping[str, Any] | None) -> list[tuple[str, str | Text]]:
+    """What came of a budget."""
+    if not allocation:
+        return []
+    return [("budget", f"{percent(allocation['bytes'] / allocation['limit_bytes'])} used; expected KL divergence "
+                       f"{allocation['loss']:.3g} nats per token")]
+
+
 def errors_of(layers: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, str]]]:
     """Which error the layers have ('outputs' or 'weights') and the sorted (error, name)."""
     for key, kind in (("relative_error", "outputs' energy"), ("weight_error", "weights' energy")):
@@ -147,6 +168,7 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
     if made:
         rows.append(("made by", f"qtool {made['qtool']} from {made['source']}, {made['method']}"
                                 + (f", {made['tokens']} tokens of {made['calibration']}" if made["tokens"] else "")))
+    rows += _allocated(data["allocation"])
     error = data["error"]
     if error:
         rows.append(("error", f"median {percent(error['median'])} of the {error['of']}, "
@@ -223,6 +245,7 @@ def layers(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     ]
     for title, key, show in (("output error", "relative_error", percent), ("weight error", "weight_error", percent),
                              ("SQNR dB", "sqnr_db", lambda value: "-" if value is None else f"{value:.1f}"),
+                             ("expected KL", "expected_kl", lambda value: "-" if value is None else f"{value:.2g}"),
                              ("tokens", "tokens", lambda value: str(value or "-")),
                              ("outliers", "outlier_features", lambda value: "-" if value is None else str(value))):
         if any(row.get(key) for row in rows):

@@ -10,7 +10,8 @@ import torch
 from qtool import found
 from qtool.layer import Layer
 from qtool.models import folds
-from qtool.plan import LinearPlan, Plan, Stage
+from qtool.plan import Plan
+from qtool.stages import LinearPlan, Stage
 from qtool.stream import Stream
 
 SHRINK_STEPS = 12  # of the grids that are tried on the block

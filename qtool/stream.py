@@ -18,7 +18,8 @@ from qtool.models import blocks, folds, inputs, kv, statistics
 from qtool.models.calibration import CalibrationTokens
 from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
-from qtool.plan import Plan, Stage
+from qtool.plan import Plan
+from qtool.stages import Stage
 from qtool.workspace import Workspace
 
 RANGE_TOKENS = 2048  # that a static scale of integers is chosen on

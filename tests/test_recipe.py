@@ -39,6 +39,9 @@ def test_presets_are_ready_recipes() -> None:
     ("!!python/object/apply:os.system ['true']", ["YAML"]),
     ("rules: [{match: '*', bitz: 4}]", ["bitz", "did you mean 'bits'"]),
     ("calibration: {samples: 0}", ["calibration.samples"]),
+    ("budget: {bits: 3, size: 4GB}", ["budget", "one of the two"]),
+    ("budget: {size: lots}", ["budget.size", "4.2GB"]),
+    ("budget: {bits: 3, schemes: [{bit: 4}]}", ["bit"]),
     ("name: [", ["YAML"]),
 ])
 def test_wrong_recipes_say_why(text: str, words: list[str]) -> None:
@@ -90,3 +93,12 @@ def test_a_rule_without_outliers_needs_no_threshold() -> None:
     assert made.scheme_for("a.up_proj")[0] == made.scheme and made.scheme.outlier_threshold == 4.5
     scheme, rule = made.scheme_for("a.down_proj")
     assert rule == 0 and scheme is not None and scheme.activations == "token"
+
+
+@pytest.mark.parametrize(("given", "bits", "size"), [
+    ("3.5", 3.5, None), ("{bits: 4}", 4.0, None), ("4.2GB", None, 4_200_000_000), ("{size: 1.5 MiB}", None, 3 << 19),
+    ("{size: 1000}", None, 1000), ("'3.25'", 3.25, None), ("250 kB", None, 250_000),
+])
+def test_budgets_are_bits_or_bytes(given: str, bits: float | None, size: int | None) -> None:
+    budget = recipe.parse(f"budget: {given}", "x.yaml").budget
+    assert budget is not None and (budget.bits, budget.size) == (bits, size)

@@ -20,11 +20,14 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from qtool import found
 from qtool.formats._stored import quantization_config
-from qtool.formats._targets import fused_name
+from qtool.formats._targets import fused_name, fused_sets
+from qtool.recipe import Scheme
 
-__all__ = ["fused_name", "load", "names", "quantization_config", "recognise"]
+__all__ = ["fused_name", "fused_sets", "load", "names", "quantization_config", "recognise", "stored_bytes"]
 
 
 def names() -> list[str]:
@@ -40,3 +43,9 @@ def load(name: str) -> ModuleType:
 def recognise(config: Mapping[str, Any]) -> ModuleType | None:
     """The format in which a checkpoint with this config.json is stored; None when it is none of ours."""
     return next((module for module in map(load, names()) if module.recognises(config)), None)
+
+
+def stored_bytes(format_: ModuleType, linear_name: str, shape: tuple[int, int], scheme: Scheme,
+                 model_dtype: torch.dtype) -> int:
+    """Bytes of one linear [N, K] in a format, scales and zero points included."""
+    return sum(spec.nbytes for spec in format_.layout(linear_name, shape, scheme, model_dtype))

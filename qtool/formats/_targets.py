@@ -49,6 +49,15 @@ def with_fused(names: Sequence[str]) -> list[str]:
     return result
 
 
+def fused_sets(names: Iterable[str]) -> list[list[str]]:
+    """`names` in sets that engines run as one matrix or one kernel: q/k/v, gate/up, all experts of a layer (vLLM)."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        experts = re.match(r"(.*\.experts)\.\d+\.", name)
+        found.setdefault(experts[1] if experts else fused_name(name), []).append(name)
+    return list(found.values())
+
+
 def fused_conflicts(schemes: Mapping[str, Scheme], skipped: Iterable[str] = ()) -> list[str]:
     """One sentence for each set of linears that vLLM fuses but that are not stored alike; it refuses such a file."""
     stored: dict[str, Scheme | None] = {**dict.fromkeys(skipped), **schemes}

@@ -96,8 +96,12 @@ def _owner(model: nn.Module, where: str) -> Any:
 
 @dataclass
 class BlockArguments:
-    """What each block receives beside the hidden states. One copy per batch size, tensors shared between blocks."""
+    """What each block receives beside the hidden states. One copy per batch size, tensors shared between blocks.
 
+    as_tuple: whether the model wants each block's output in a tuple.
+    """
+
+    as_tuple: bool = False
     _recorded: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
     def for_block(self, index: int, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -163,7 +167,7 @@ def capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStor
     reason = ""
     with torch.no_grad():  # not inference mode: methods may differentiate through a block with these arguments
         for as_tuple in (False, True):
-            arguments = BlockArguments()
+            arguments = BlockArguments(as_tuple)
             try:
                 _capture(skeleton, read, ids, store, device, dtype, batches, arguments, as_tuple)
                 return arguments
@@ -195,7 +199,10 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
             raise _Finished
         return (hidden,) if as_tuple else hidden
 
-    runner = _runner(skeleton, visit, read, device, dtype)
+    base_path = skeleton.model.base_model_prefix
+    if not isinstance(base_path, str) or not skeleton.blocks[0].startswith(base_path + "."):
+        raise ModelError(f"{skeleton.model_type}: the blocks lie outside the base model {base_path}")
+    runner = without_blocks(skeleton, base_path, visit, read, device, dtype)
     for batch in batches:
         state["batch"] = batch
         try:
@@ -205,15 +212,12 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
         raise ModelError(f"{skeleton.model_type}: the model does not run its last block {skeleton.blocks[last]}")
 
 
-def _runner(skeleton: Skeleton, visit: Callable[..., Any], read: Read, device: torch.device,
-            dtype: torch.dtype) -> nn.Module:
-    """A copy of the base model with recorders for blocks and real weights elsewhere; the output head is left out."""
-    base_path = skeleton.model.base_model_prefix
-    blocks_path = skeleton.blocks[0].rpartition(".")[0]
-    if not isinstance(base_path, str) or not blocks_path.startswith(base_path + "."):
-        raise ModelError(f"{skeleton.model_type}: the blocks {blocks_path} lie outside the base model {base_path}")
-    blocks = skeleton.model.get_submodule(blocks_path)
+def without_blocks(skeleton: Skeleton, path: str, visit: Callable[[int, torch.Tensor, Any, Any], Any], read: Read,
+                   device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of the submodule at `path` ("": the whole model) with its weights, except that block i only returns what
+    visit(i, hidden states, other arguments, keyword arguments) does."""
+    blocks = skeleton.model.get_submodule(skeleton.blocks[0].rpartition(".")[0])
     recorders = nn.ModuleList(_Recorder(block, index, visit) for index, block in enumerate(blocks.children()))
-    runner = copy.deepcopy(skeleton.model.get_submodule(base_path), {**_shared(skeleton), id(blocks): recorders})
-    fill(skeleton, runner, base_path + ".", read, device, dtype)
+    runner = copy.deepcopy(skeleton.model.get_submodule(path), {**_shared(skeleton), id(blocks): recorders})
+    fill(skeleton, runner, path + "." if path else "", read, device, dtype)
     return runner

@@ -172,9 +172,14 @@ def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int
 def run_block(block: nn.Module, arguments: BlockArguments, index: int, store: StreamStore, batch: slice,
               device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The hidden states [B, T, hidden] after block `index`, of the samples in `batch` as `store` has them before it."""
-    args, kwargs = arguments.for_block(index, batch.stop - batch.start)
     # a copy, because what the block receives must not change when the stream is written
-    output = block(store.read(batch).to(device=device, dtype=dtype, copy=True), *args, **kwargs)
+    return block_output(block, arguments, index, store.read(batch).to(device=device, dtype=dtype, copy=True))
+
+
+def block_output(block: nn.Module, arguments: BlockArguments, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states [B, T, hidden] after block `index`, whether it returns them alone or in a tuple."""
+    args, kwargs = arguments.for_block(index, len(hidden))
+    output = block(hidden, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -1,0 +1,91 @@
+"""What a run writes, in order: every tensor of the output, with the block that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from qtool.models.skeleton import Skeleton
+from qtool.recipe import Scheme
+from qtool.tensors import FLOATING, TensorSpec
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear [N, K] that will be quantized; `stored` is its name in the checkpoint and in the output."""
+
+    name: str
+    stored: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    block: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is done and recorded as one: the tensors before the blocks, each block, the tensors after them."""
+
+    name: str
+    block: int | None
+    linears: tuple[LinearPlan, ...]
+    copied: tuple[str, ...]  # checkpoint tensors that go over as they are
+    outputs: tuple[TensorSpec, ...]
+    attention: str | None = None  # the module, by its stored name, whose keys and values get scales
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensors are stored, whatever the schemes of the linears are.
+
+    specs: of the checkpoint, by name.  dtype: the model's, in which tensors that stay dense are written if `convert`.
+    attentions: for each block the stored name of the module whose keys and values get scales; empty: none do.
+    """
+
+    skeleton: Skeleton
+    specs: Mapping[str, TensorSpec]
+    format: ModuleType
+    dtype: torch.dtype
+    convert: bool
+    attentions: tuple[str, ...]
+
+    def stages(self, linears: Sequence[LinearPlan]) -> tuple[Stage, ...]:
+        """Sort every parameter into before, block i, after; the order of the output file."""
+        bones = self.skeleton
+        by_block: list[list[LinearPlan]] = [[] for _ in bones.blocks]
+        for linear in linears:
+            by_block[linear.block].append(linear)
+        quantized = {linear.name + ".weight" for linear in linears}
+        copied: dict[int, list[str]] = {index: [] for index in range(-1, len(bones.blocks) + 1)}
+        seen_block = False
+        for name in bones.parameters:
+            place = next((i for i, prefix in enumerate(bones.blocks) if name.startswith(prefix + ".")), None)
+            seen_block = seen_block or place is not None
+            if place is None:
+                place = len(bones.blocks) if seen_block else -1
+            if name not in quantized and name not in bones.tied:
+                copied[place].append(bones.source(name))
+        stages = [Stage("before", None, (), tuple(copied[-1]), self._outputs(copied[-1], [], None))]
+        for index, here in enumerate(by_block):
+            attention = self.attentions[index] if self.attentions else None
+            specs = self._outputs(copied[index], here, attention)
+            stages.append(Stage(f"block {index}", index, tuple(here), tuple(copied[index]), specs, attention))
+        last = copied[len(by_block)]
+        return (*stages, Stage("after", None, (), tuple(last), self._outputs(last, [], None)))
+
+    def bytes_beside(self, linears: Sequence[LinearPlan]) -> int:
+        """Bytes in the output of all tensors but the weights of `linears`."""
+        sizes = {spec.name: spec.nbytes for stage in self.stages([]) for spec in stage.outputs}
+        return sum(sizes.values()) - sum(sizes[one.stored + ".weight"] for one in linears)
+
+    def _outputs(self, names: list[str], linears: list[LinearPlan], attention: str | None) -> tuple[TensorSpec, ...]:
+        specs = [spec for one in linears
+                 for spec in self.format.layout(one.stored, one.shape, one.scheme, self.dtype)]
+        specs += self.format.kv_scales(attention) if attention else []
+        for name in names:
+            spec = self.specs[name]
+            dense = self.convert and spec.dtype in FLOATING
+            specs.append(TensorSpec(name, self.dtype, spec.shape) if dense else spec)
+        return tuple(specs)
