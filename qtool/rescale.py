@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +30,31 @@ def rescale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream,
     for step, options in plan.steps:
         if getattr(step, "SCALES_INPUTS", False):
             surveys = stream.survey(block, stage, options.samples, options.tokens)
+            trial = Trial(block, functools.partial(stream.trial, block, stage))
             for fold in stream.folds(block, stage, surveys):
-                _scale(plan, stage, block, stream, fold, surveys[fold.consumers], step, options, weights, notes)
+                _scale(plan, stage, trial, fold, surveys[fold.consumers], step, options, weights, notes)
     return notes
 
 
-def _scale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream, fold: folds.Fold, survey: folds.Survey,
-           step: Any, options: Any, weights: dict[str, torch.Tensor], notes: Notes) -> None:
+@dataclass
+class Trial:
+    """A block whose output can be looked at. Folds do not change it, so one output is what all changes are held to."""
+
+    block: torch.nn.Module
+    run: Callable[[], torch.Tensor]
+    expected: torch.Tensor | None = None
+
+    def moved(self, weights: dict[str, torch.Tensor]) -> float:
+        """|y - y0|² of the block's output with these parameters, by path, in place of its own."""
+        if self.expected is None:
+            self.expected = self.run()
+        with folds.replaced(self.block, weights):
+            return float((self.run() - self.expected).float().square().sum(dtype=torch.float64))
+
+
+def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: folds.Survey, step: Any, options: Any,
+           weights: dict[str, torch.Tensor], notes: Notes) -> None:
+    block = trial.block
     prefix = plan.skeleton.blocks[stage.block or 0] + "."
     stored = {path: plan.skeleton.source(prefix + path) for path, _ in block.named_parameters()}
     linears = {linear.name: linear for linear in stage.linears}
@@ -49,8 +69,7 @@ def _scale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream, fol
                     for scale, told in step.input_scales(layer, mean, largest, survey.sample, options)]
     errors = [0.0]
     if len(found_scales) > 1:
-        expected = stream.trial(block, stage)
-        errors = [_moved(stage, block, stream, fold, layer, survey, scale, expected) for scale, _ in found_scales]
+        errors = [trial.moved(_rounded(block, fold, layer, survey, scale)) for scale, _ in found_scales]
     scale, told = found_scales[min(range(len(errors)), key=errors.__getitem__)]
     changed = folds.apply(block, fold, scale, read, plan.model_dtype)
     for path, tensor in changed.items():
@@ -61,19 +80,16 @@ def _scale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream, fol
         notes.setdefault(prefix + fold.source, {})["rescaled"] = True
 
 
-def _moved(stage: Stage, block: torch.nn.Module, stream: Stream, fold: folds.Fold, layer: Layer, survey: folds.Survey,
-           scale: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far the block's output moves, |y - y0|², when the consumers of a fold are rounded at this scale."""
+def _rounded(block: torch.nn.Module, fold: folds.Fold, layer: Layer, survey: folds.Survey,
+             scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of a fold's consumers, by path, rounded at this scale; the fold changes nothing and stays out."""
     grid = found.load("grids", layer.scheme.grid)
     importance = (survey.sample / scale).square().mean(0)
     weight = layer.weight * scale
     fitted = grid.fit(weight, layer.scheme, layer.scale_dtype, importance, SHRINK_STEPS, True, 1)
-    rounded = grid.decode(grid.encode(weight, fitted)) / scale  # the fold itself changes nothing: it may stay out
     paths = [f"{path}.weight" for path in fold.consumers]
-    rows = rounded.split([block.get_parameter(path).shape[0] for path in paths])
-    with folds.replaced(block, dict(zip(paths, rows, strict=True))):
-        moved = stream.trial(block, stage)
-    return float((moved - expected).float().square().sum(dtype=torch.float64))
+    rows = (grid.decode(grid.encode(weight, fitted)) / scale).split([len(block.get_parameter(path)) for path in paths])
+    return dict(zip(paths, rows, strict=True))
 
 
 def _stacked(plan: Plan, group: list[LinearPlan], read: Callable[[str], torch.Tensor], prefix: str) -> Layer:

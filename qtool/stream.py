@@ -23,7 +23,7 @@ from qtool.stages import Stage
 from qtool.workspace import Workspace
 
 RANGE_TOKENS = 2048  # that a static scale of integers is chosen on
-TRIAL_TOKENS = 2048  # that a change to a block is tried on
+TRIAL_TOKENS = 1024  # that a change to a block is tried on
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Options(Strict):
     that are tried on the block.
     """
 
-    samples: int = Field(32, ge=1)
-    tokens: int = Field(1024, ge=64)
+    samples: int = Field(16, ge=1)
+    tokens: int = Field(512, ge=64)
     steps: int = Field(20, ge=1, le=100)
     shrink_steps: int = Field(1, ge=1, le=200)
     tries: int = Field(3, ge=1, le=20)
