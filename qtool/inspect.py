@@ -68,7 +68,7 @@ def summary(source: Source) -> dict[str, Any]:
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
         "bits_per_weight": bits_per_weight(source), "schemes": _schemes(rows),
         "not_quantized": _not_quantized(source, record), "error": kind_and_error,
-        "outliers": _outliers(rows), "made_by": _made_by(record),
+        "kv_cache": "fp8" if source.cache_scales() else None, "outliers": _outliers(rows), "made_by": _made_by(record),
         "allocation": {key: value for key, value in ((record or {}).get("allocation") or {}).items()
                        if key != "linears"} or None,
     }

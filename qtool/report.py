@@ -53,6 +53,8 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
         method += f", calibrated on {data['samples']} × {length} tokens of {recipe['calibration']['source']}"
     rows.append(("method", method))
     rows += _rotated(data["rotation"])
+    if data["recipe"]["kv_cache"]:
+        rows.append(("kv cache", f"{data['recipe']['kv_cache']}, scales for keys and values of every attention"))
     rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
     if data["budget"]:
         rows += [("budget" if not index else "", line) for index, line in enumerate(_budget(data))]
@@ -173,6 +175,8 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
     if error:
         rows.append(("error", f"median {percent(error['median'])} of the {error['of']}, "
                               f"worst {percent(error['worst'])} in {error['worst_name']}"))
+    if data["kv_cache"]:
+        rows.append(("kv cache", f"{data['kv_cache']}, calibrated scales for keys and values of every attention"))
     rows += _outliers_line(data["outliers"])
     rows += _checks(data)
     parts: list[RenderableType] = [facts(data["path"], rows)]

@@ -130,6 +130,8 @@ def test_scales_of_cached_keys_and_values(method: str, family: str, tmp_path: Pa
     source = decode.open_model(str(tmp_path / "out"))
     assert set(source.specs) == set(decode.open_model(str(model)).specs)
     assert not inspect.verify(source, [])
+    assert inspect.summary(source)["kv_cache"] == "fp8"
+    assert inspect.summary(decode.open_model(str(tmp_path / "plain")))["kv_cache"] is None
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 40)
     with_cache, without = (evaluate.evaluate(decode.open_model(str(tmp_path / name)), None, str(text), windows=2,
