@@ -49,7 +49,9 @@ class Case:
 
     def scheme_for(self, linear: str) -> Scheme | None:
         rule = next((rule for rule in (*self.rules, SKIP) if rule.matches(linear)), None)
-        return rule.apply(self.scheme) if rule else self.scheme
+        if rule is None:
+            return self.scheme
+        return None if rule.skip else rule.apply(self.scheme)
 
 
 def case(format_name: str, bits: int, group: int, symmetric: bool = True, *rules: Rule, name: str = "",
