@@ -240,6 +240,8 @@ def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = Fal
         from qtool.decode import open_model
 
         job = exporting.make_export(open_model(path), to, out)
+    for text in job.lost:
+        console.note(f"note: {text}", json or quiet)
     with console.steps("exporting", json or quiet) as step:
         result = exporting.run(job, step)
     _show(result, "exported", json, quiet)

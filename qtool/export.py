@@ -45,6 +45,14 @@ class Export:
     def dense(self) -> bool:
         return self.target.NAME == DENSE
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """What of the source the output will not have."""
+        if not self.source.cache_scales():
+            return ()
+        return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
+                "quantize the original again",)
+
 
 def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     """Raises InputError (or a class below it) when `to` cannot hold what the source holds, before any work."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool import activations, decode, evaluate, inspect
+from qtool import activations, decode, evaluate, export, inspect
 from qtool.errors import CheckpointError, PlanError
 from qtool.recipe import Scheme
 from tests import tiny
@@ -203,3 +203,13 @@ def test_plans_that_cannot_be(settings: dict[str, Any], words: str, tmp_path: Pa
     model = tiny.make(tmp_path / "model", "llama")
     with pytest.raises(PlanError, match=words):
         quantize(model, tmp_path / "out", "gptq", **{key.replace(".", "__"): value for key, value in settings.items()})
+
+
+def test_an_export_tells_that_it_loses_the_scales_of_a_cache(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    for name, kind in (("with", "fp8"), ("without", None)):
+        quantize(model, tmp_path / name, "rtn", kv_cache=kind)
+        job = export.make_export(decode.open_model(str(tmp_path / name)), "gptq", tmp_path / f"{name}-gptq")
+        assert [("k_scale" in text) for text in job.lost] == ([True] if kind else [])
+        export.run(job)
+        assert not [key for key in load_file(tmp_path / f"{name}-gptq" / "model.safetensors") if key.endswith("_scale")]
