@@ -24,12 +24,16 @@ def round_inputs(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None = 
 
 def _rounded(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None) -> torch.Tensor:
     scale = x.abs().amax(-1, keepdim=True).float() / _top(scheme) if static is None else static.float()
-    scaled = x / torch.where(scale == 0, 1.0, scale)
-    if scheme.grid == "affine":
-        codes = scaled.round().clamp(-128, 127)
-    else:
-        codes = scaled.clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).float()
-    return (codes * scale).to(x.dtype)
+    return (_codes(x / torch.where(scale == 0, 1.0, scale), scheme) * scale).to(x.dtype)
+
+
+def _codes(scaled: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    return scaled.round().clamp(-128, 127) if scheme.grid == "affine" else to_fp8(scaled)
+
+
+def to_fp8(scaled: torch.Tensor) -> torch.Tensor:
+    """float32: the E4M3 value nearest to each of `scaled`, at most 448 in size."""
+    return scaled.clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).float()
 
 
 def static_scale(largest: torch.Tensor, sample: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import activations, decode, evaluate, export, inspect
 from qtool.errors import CheckpointError, PlanError
+from qtool.models import kv
 from qtool.recipe import Scheme
 from tests import tiny
 from tests.test_pipeline import contents, quantize
@@ -137,6 +138,25 @@ def test_scales_of_cached_keys_and_values(method: str, family: str, tmp_path: Pa
     with_cache, without = (evaluate.evaluate(decode.open_model(str(tmp_path / name)), None, str(text), windows=2,
                                              context=16)["model"]["nll"] for name in ("out", "plain"))
     assert 0 < abs(with_cache - without) < 0.05  # eval rounds keys and values too
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_cache_in_fp8_gives_back_the_type_that_it_got(dtype: torch.dtype) -> None:
+    """Attention multiplies keys with queries, which stay in the model's dtype."""
+    attention = torch.nn.Linear(4, 4)
+    seen: list[torch.Tensor] = []
+
+    def forward(past_key_values: Any) -> None:
+        seen.extend(past_key_values.update(keys, -keys, 0))
+
+    attention.forward = forward  # type: ignore[method-assign]
+    keys = torch.linspace(-3, 3, 64).to(dtype)
+    scale = torch.tensor([2.0 / 448])  # cuts off what is larger than 2
+    kv.round_cache(torch.nn.ModuleDict({"attention": attention}), {"attention": (scale, scale)})
+    attention(past_key_values=None)
+    wanted = ((keys.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(dtype)
+    assert seen[0].dtype == seen[1].dtype == dtype
+    assert torch.equal(seen[0], wanted) and torch.equal(seen[1], -wanted)
 
 
 def test_damaged_cache_scales_are_named(tmp_path: Path) -> None:

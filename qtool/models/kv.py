@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtool.activations import FP8_TOP, to_fp8
 from qtool.errors import ModelError
 from qtool.models.blocks import BlockArguments
 from qtool.models.streams import StreamStore
-
-FP8_TOP = 448.0
 
 
 class _Watcher:
@@ -51,9 +50,8 @@ class _Rounding:
         self.scales = key_scale, value_scale
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
-        kept = [(x / scale).clamp(-FP8_TOP, FP8_TOP).to(torch.float8_e4m3fn).to(x.dtype) * scale
-                for x, scale in zip((keys, values), self.scales, strict=True)]
-        return kept[0], kept[1]
+        first, second = self.scales
+        return (to_fp8(keys / first) * first).to(keys.dtype), (to_fp8(values / second) * second).to(values.dtype)
 
 
 def round_cache(model: nn.Module, scales: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
