@@ -49,6 +49,11 @@ class Problem:
         return tuple(sorted(every, key=lambda scheme: (scheme.bits, -(int(scheme.group_size) % (1 << 30)))))
 
     @property
+    def most_candidates(self) -> int:
+        """The most schemes that one linear may take."""
+        return max(len(choice.schemes) for choice in self.choices)
+
+    @property
     def least(self) -> int:
         return self.fixed + sum(min(choice.bytes) for choice in self.choices)
 

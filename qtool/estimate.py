@@ -39,8 +39,7 @@ class Work:
     calibrated: bool
     float_share: float
     rotated: bool = False
-    search_samples: int = 0  # of a budget: sequences that the schemes are chosen on
-    candidates: int = 0  # and the most schemes that one linear may take
+    candidates: int = 0  # of a budget: the most schemes that one linear may take
 
     @property
     def streams(self) -> int:
@@ -64,7 +63,7 @@ def memory(work: Work) -> dict[str, int]:
     """Bytes by purpose; `peak` is the largest sum that is held at one time."""
     base = resident()
     terms = _memory(work, base)
-    if work.search_samples:
+    if work.recipe.search_samples:
         terms |= _search(work)
         terms["peak"] = max(terms["peak"], base + terms["search"])
     return terms
@@ -110,7 +109,7 @@ def _search(work: Work) -> dict[str, int]:
     autograd keeps of a batch (the scores of the attention too), or one solve.
     """
     length, compute, hidden = work.recipe.calibration.sequence_length, work.compute_dtype.itemsize, work.skeleton.hidden
-    tokens = work.search_samples * length
+    tokens = work.recipe.search_samples * length
     measured = int(tokens * MEASURED) + length
     stream = tokens * hidden * work.model_dtype.itemsize + measured * hidden * 4
     vocabulary = work.skeleton.vocabulary
@@ -134,14 +133,14 @@ def _search(work: Work) -> dict[str, int]:
 
 def seconds(work: Work) -> float | None:
     """From the arithmetic and the rate of one small matrix product here; rough, and None for data-free plans."""
-    flops = (_run_flops(work) if work.calibrated else 0.0) + (_search_flops(work) if work.search_samples else 0.0)
+    flops = (_run_flops(work) if work.calibrated else 0.0) + _search_flops(work)
     return flops / _rate(work.device, work.compute_dtype) if flops else None
 
 
 def _search_flops(work: Work) -> float:
-    """Two passes forward and H; on what is measured one more, one backward, the head and one product per candidate;
+    """Of a budget, else 0. Two passes forward and H; on what is measured one more, one backward, the head and one product per candidate;
     and of every candidate a factor and a solve."""
-    tokens = work.search_samples * work.recipe.calibration.sequence_length
+    tokens = work.recipe.search_samples * work.recipe.calibration.sequence_length
     linears = [linear.shape for stage in work.stages for linear in stage.linears]
     shared = {(linear.block, linear.shape[1]) for stage in work.stages for linear in stage.linears}
     weights, head = sum(rows * columns for rows, columns in linears), work.skeleton.vocabulary * work.skeleton.hidden

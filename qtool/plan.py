@@ -68,14 +68,9 @@ class Plan:
         return any(module.CALIBRATED and not getattr(module, "LISTS_OUTLIERS", False) for module, _ in self.steps)
 
     @property
-    def search_samples(self) -> int:
-        """Calibration sequences that the schemes will be chosen on; 0: there is nothing to choose."""
-        return min(self.samples, self.recipe.budget.samples) if self.recipe.budget else 0
-
-    @property
     def text_samples(self) -> int:
         """Calibration sequences that a run needs."""
-        return self.samples if self.calibrated else self.search_samples
+        return self.samples if self.calibrated else self.recipe.search_samples
 
     @property
     def float_share(self) -> float:
@@ -132,7 +127,7 @@ class Plan:
             "blocks": self.blocks, "samples": self.text_samples,
             "linears": [{"name": one.name, "shape": list(one.shape), "block": one.block,
                          "scheme": None if one.name in free else one.scheme.model_dump()} for one in self.linears],
-            "budget": {"samples": self.search_samples, **self.problem.to_json()} if self.problem else None,
+            "budget": {"samples": self.recipe.search_samples, **self.problem.to_json()} if self.problem else None,
             "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
             "rotation": rotate.describe(self.rotated),
             "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
@@ -168,7 +163,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
-                         float_share(steps), rotated is not None, *_search_size(recipe, problem))
+                         float_share(steps), rotated is not None, problem.most_candidates if problem else 0)
     return Plan(
         origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
         model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
@@ -182,14 +177,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
 def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> bool:
     """Whether the recipe only rotates and its format holds dense weights, so that no linear is quantized."""
     return recipe.format == "hf" and all(getattr(module, "ROTATES", False) for module, _ in steps)
-
-
-def _search_size(recipe: Recipe, problem: budget.Problem | None) -> tuple[int, int]:
-    """Sequences that the schemes are chosen on, and the most candidates that a linear has."""
-    if recipe.budget is None or problem is None:
-        return 0, 0
-    return (min(recipe.calibration.samples or 0, recipe.budget.samples),
-            max(len(choice.schemes) for choice in problem.choices))
 
 
 def with_schemes(plan: Plan, chosen: Mapping[str, Scheme]) -> Plan:

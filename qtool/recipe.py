@@ -203,6 +203,11 @@ class Recipe(Strict):
         static = "tensor" in (self.scheme.activations, *(rule.activations for rule in self.rules))
         return static or self.kv_cache is not None
 
+    @property
+    def search_samples(self) -> int:
+        """Calibration sequences that a budget's schemes will be chosen on; 0: there is nothing to choose."""
+        return min(self.calibration.samples or 0, self.budget.samples) if self.budget else 0
+
     def scheme_for(self, name: str) -> tuple[Scheme | None, int | None]:
         """The scheme of the linear called name (None: left as it is), and the index of the rule that said so."""
         for index, rule in enumerate(self.rules):

@@ -65,12 +65,11 @@ def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: fol
 
     layer = _stacked(plan, group, read, prefix)
     mean, largest = folds.tied(fold, survey.mean), folds.tied(fold, survey.largest)
-    found_scales = [(folds.tied(fold, scale), told)
-                    for scale, told in step.input_scales(layer, mean, largest, survey.sample, options)]
-    errors = [0.0]
-    if len(found_scales) > 1:
-        errors = [trial.moved(_rounded(block, fold, layer, survey, scale)) for scale, _ in found_scales]
-    scale, told = found_scales[min(range(len(errors)), key=errors.__getitem__)]
+    candidates = [(folds.tied(fold, scale), told)
+                  for scale, told in step.input_scales(layer, mean, largest, survey.sample, options)]
+    scale, told = candidates[0]
+    if len(candidates) > 1:
+        scale, told = min(candidates, key=lambda one: trial.moved(_rounded(block, fold, layer, survey, one[0])))
     changed = folds.apply(block, fold, scale, read, plan.model_dtype)
     for path, tensor in changed.items():
         weights[stored[path]] = tensor.cpu()

@@ -71,11 +71,11 @@ class Search:
 def allocation(checkpoint: Checkpoint, plan: Plan, ids: torch.Tensor, work: Workspace, tell: Any) -> dict[str, Any]:
     """The schemes that meet the plan's budget, as the manifest tells it; found once and then kept in the journal.
 
-    ids: int64 [samples, length], of which the first plan.search_samples are used.  tell: takes messages on progress.
+    ids: int64 [samples, length], of which the recipe's search_samples are used.  tell: takes messages on progress.
     """
     assert plan.problem is not None
     if STAGE not in work.finished:
-        losses = _search(_open(checkpoint, plan, ids[:plan.search_samples], work, tell))
+        losses = _search(_open(checkpoint, plan, ids[:plan.recipe.search_samples], work, tell))
         work.record(STAGE, {"allocation": _settle(plan, losses)})
     for path in work.folder.glob("search-*"):
         path.unlink()
@@ -98,7 +98,7 @@ def _settle(plan: Plan, losses: Losses) -> dict[str, Any]:
     count = problem.fixed + sum(options[chosen[names[0]]] for names, options in sizes.items())
     loss = sum(losses[name][one.label] for name, one in chosen.items())
     return {"limit_bytes": problem.limit, "bytes": count, "bits_per_weight": round(8 * count / problem.weights, 4),
-            "samples": plan.search_samples, "loss": _rounded(loss),
+            "samples": plan.recipe.search_samples, "loss": _rounded(loss),
             "linears": [{"name": one.name, "scheme": chosen[one.name].label, "losses": losses[one.name]}
                         for one in plan.linears if one.name in chosen]}
 

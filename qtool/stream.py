@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
 from qtool.models.streams import StreamStore, batches_for
 from qtool.plan import Plan
 from qtool.stages import Stage
+from qtool.tensors import any_number
 from qtool.workspace import Workspace
 
 RANGE_TOKENS = 2048  # that a static scale of integers is chosen on
@@ -76,13 +76,17 @@ class Stream:
                 store.copy_from(stores[0], self._batches_of(store))
         return self
 
+    @property
+    def fitting(self) -> list[slice]:
+        """The batches that are not held out."""
+        return [batch for batch in self.batches if batch.start not in self.held_out]
+
     def ranges(self, block: torch.nn.Module, stage: Stage) -> Ranges:
         """The scales of activations that the recipe wants calibrated, from the fitting samples."""
         index, plan = stage.block or 0, self.plan
         cached = None
         if stage.attention is not None:
-            fitting = [batch for batch in self.batches if batch.start not in self.held_out]
-            cached = kv.scales(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], fitting,
+            cached = kv.scales(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], self.fitting,
                                plan.device, plan.compute_dtype)
         return Ranges(self._static(block, stage), cached)
 
@@ -93,10 +97,10 @@ class Stream:
         kinds: dict[str, list[folds.Survey]] = {}
         for paths, look in (self.survey(block, stage, plan.samples, RANGE_TOKENS) if static else {}).items():
             for path in paths:
-                kinds.setdefault(_kind(path), []).append(look)
+                kinds.setdefault(any_number(path), []).append(look)
         scales = {}
         for one in static:
-            known = kinds.get(_kind(one.name.removeprefix(prefix)), [])
+            known = kinds.get(any_number(one.name.removeprefix(prefix)), [])
             if not known:
                 raise CalibrationError(f"{one.name}: no calibration token reached it or its like, so its inputs have "
                                        "no scale; use more calibration text, or activations: token")
@@ -110,27 +114,23 @@ class Stream:
                threshold: float = 0.0) -> dict[tuple[str, ...], folds.Survey]:
         """What the inputs of a stage's linears look like on the first samples, by their paths in the block."""
         index, plan = stage.block or 0, self.plan
-        batches = [batch for batch in self.batches if batch.start not in self.held_out and batch.start < samples]
+        batches = [batch for batch in self.fitting if batch.start < samples]
         return folds.survey(block, plan.skeleton.blocks[index], [linear.name for linear in stage.linears],
                             self.arguments, index, self.stores[0], batches, plan.device, plan.compute_dtype, tokens,
                             threshold)
 
-    @torch.inference_mode()
     def trial(self, block: torch.nn.Module, stage: Stage) -> torch.Tensor:
         """The output of the block on the first fitting samples, TRIAL_TOKENS of them or a batch."""
-        index, plan = stage.block or 0, self.plan
-        fitting = [batch for batch in self.batches if batch.start not in self.held_out]
-        length = plan.recipe.calibration.sequence_length
+        fitting, length = self.fitting, self.plan.recipe.calibration.sequence_length
         some = [batch for batch in fitting if (batch.stop - fitting[0].start) * length <= TRIAL_TOKENS] or fitting[:1]
-        return torch.cat([statistics.run_block(block, self.arguments, index, self.stores[0], batch, plan.device,
-                                               plan.compute_dtype) for batch in some])
+        return self._outputs(block, stage.block or 0, some)
 
     def folds(self, block: torch.nn.Module, stage: Stage, groups: Iterable[tuple[str, ...]]) -> list[folds.Fold]:
         """Which of these groups can have their input channels scaled; looked for once for blocks of the same make."""
         wanted = tuple(groups)
         make = wanted, tuple((path, type(module).__name__) for path, module in block.named_modules())
         if make not in self._folds:
-            self._folds[make] = folds.find_folds(block, wanted, lambda: self._trial(block, stage.block or 0))
+            self._folds[make] = folds.find_folds(block, wanted, lambda: self._glance(block, stage.block or 0))
         return self._folds[make]
 
     def begin(self, block: torch.nn.Module, stage: Stage, static: Mapping[str, torch.Tensor]) -> None:
@@ -182,15 +182,17 @@ class Stream:
         make = tuple((path, type(module).__name__) for path, module in block.named_modules())
         make += tuple((path, "quantized") for path in paths)
         if make not in self._parts:
-            self._parts[make] = find_parts(block, paths, lambda: self._trial(block, index))
+            self._parts[make] = find_parts(block, paths, lambda: self._glance(block, index))
         return self._parts[make]
 
-    @torch.inference_mode()
-    def _trial(self, block: torch.nn.Module, index: int) -> torch.Tensor:
+    def _glance(self, block: torch.nn.Module, index: int) -> torch.Tensor:
         """The output of the block on its smallest batch."""
-        batch = min(self.batches, key=lambda one: one.stop - one.start)
-        return statistics.run_block(block, self.arguments, index, self.stores[0], batch, self.plan.device,
-                                    self.plan.compute_dtype)
+        return self._outputs(block, index, [min(self.batches, key=lambda one: one.stop - one.start)])
+
+    @torch.inference_mode()
+    def _outputs(self, block: torch.nn.Module, index: int, batches: Iterable[slice]) -> torch.Tensor:
+        return torch.cat([statistics.run_block(block, self.arguments, index, self.stores[0], batch, self.plan.device,
+                                               self.plan.compute_dtype) for batch in batches])
 
     def _track(self, block: torch.nn.Module, kind: str) -> Track:
         """Its stores are files, whatever the budget: they are written and read once a block, mostly in the cache."""
@@ -215,8 +217,3 @@ class Stream:
 
     def _paths(self, index: int) -> list[Path]:
         return [self.folder / f"stream-{kind}-{index}.bin" for kind in ("quantized", "float")[:len(self.stores)]]
-
-
-def _kind(path: str) -> str:
-    """'mlp.experts.3.up_proj' -> 'mlp.experts.*.up_proj'."""
-    return re.sub(r"\.\d+(?=\.)", ".*", path)
