@@ -138,8 +138,8 @@ def seconds(work: Work) -> float | None:
 
 
 def _search_flops(work: Work) -> float:
-    """Of a budget, else 0. Two passes forward and H; on what is measured one more, one backward, the head and one product per candidate;
-    and of every candidate a factor and a solve."""
+    """Of a budget, else 0. Two passes forward and H; on what is measured one more, one backward, the head and one
+    product per candidate; and of every candidate a factor and a solve."""
     tokens = work.recipe.search_samples * work.recipe.calibration.sequence_length
     linears = [linear.shape for stage in work.stages for linear in stage.linears]
     shared = {(linear.block, linear.shape[1]) for stage in work.stages for linear in stage.linears}
