@@ -1,0 +1,79 @@
+"""The arguments and options of the commands, with the sentences that --help shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RECIPE_OPTIONS = "What to make"
+
+
+def _option(text: str, *names: str, metavar: str = " ", panel: str | None = None) -> Any:
+    """An option whose default is told in its help; a blank metavar keeps <bool> away from flags."""
+    return typer.Option(*names, metavar=metavar, help=text, show_default=False, rich_help_panel=panel)
+
+
+def _recipe_option(text: str, *names: str, metavar: str = " ") -> Any:
+    return _option(text, *names, metavar=metavar, panel=RECIPE_OPTIONS)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
+                                      help="A directory, a .gguf file, or a Hub id org/name or org/name@revision.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
+                                           help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
+MaybeCheckpoint = Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
+                                                       help="A checkpoint: directory, .gguf file or Hub id.")]
+Json = Annotated[bool, _option("Print one JSON document on stdout and nothing else.", "--json")]
+Quiet = Annotated[bool, _option("Print nothing but errors.", "--quiet", "-q")]
+Out = Annotated[Path | None, _option("Where to write; must not exist yet (./MODEL-METHOD-SCHEME).", "--out", "-o",
+                                     metavar="DIR")]
+ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (./PATH-FORMAT).", "--out", "-o",
+                                           metavar="DIR")]
+Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (auto).", metavar="NAME")]
+DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
+Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
+Method = Annotated[str | None, _recipe_option(
+    "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, fp8, fp8-static, "
+    "fp8-block, nf4, fp4, nf4-gptq, mxfp4, nvfp4, rotate, rotate+gptq (gptq).",
+    metavar="NAME")]
+RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
+Bits = Annotated[float | None, _recipe_option(
+    "Bits of a code: 2, 3, 4 or 8 (4); with a fraction, as in 3.5, the same as --budget.", metavar="N")]
+Budget = Annotated[str | None, _recipe_option(
+    "Mixed precision: average bits per quantized weight, scales included, or a size of all tensors: 3.5, 4.2GB.",
+    metavar="BITS|SIZE")]
+GroupSize = Annotated[str | None, _recipe_option(
+    "Input columns that share a scale (128); -1: a whole row; auto: the largest of 128, 64, 32 that fits every layer.",
+    metavar="N|auto")]
+Symmetric = Annotated[bool, _recipe_option("No zero points (the default).", "--symmetric")]
+Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")]
+DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
+KvCache = Annotated[str | None, _recipe_option("fp8: calibrate the scales of a cache of keys and values in FP8.",
+                                               "--kv-cache", metavar="TYPE")]
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq, fp8 or bitsandbytes (the method's).",
+                                              "--format", metavar="NAME")]
+Text = Annotated[str | None, _recipe_option(
+    "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
+    "NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="SPEC")]
+Samples = Annotated[int | None, _recipe_option("Calibration sequences (128; on a GPU 512).", metavar="N")]
+Length = Annotated[int | None, _recipe_option("Tokens of each (512).", metavar="T")]
+Dtype = Annotated[str | None, _recipe_option("Of what stays unquantized: bfloat16, float16, float32 (as it is).",
+                                             metavar="NAME")]
+Seed = Annotated[int | None, _recipe_option("For methods that draw random numbers (0).", metavar="N")]
+Settings = Annotated[list[str] | None, _recipe_option("Any key of the recipe; may be repeated; wins over the rest.",
+                                                      "--set", metavar="KEY=VALUE")]
+Layers = Annotated[bool, _option("One line per linear.", "--layers")]
+Outliers = Annotated[bool, _option("The outlier features that calibration found (--recipe llm-int8-outliers).",
+                                   "--outliers")]
+Original = Annotated[str | None, _option("Measure every layer's error against this original.", metavar="MODEL")]
+Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]
+System = Annotated[bool, _option("What this machine has.", "--system")]
+Csv = Annotated[bool, _option("The layers as CSV on stdout.", "--csv")]
+Reference = Annotated[str | None, _option("The original: adds KL divergence and agreement.", metavar="MODEL")]
+Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub "
+                                "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
+Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
+Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, or hf (dense weights).", metavar="FORMAT")]
