@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 
 import qtool
-from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality, rotate, sensitivity
+from qtool import card, estimate, formats, found, grids, heap, manifest, ops, outside, quality, rotate, sensitivity
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
@@ -117,7 +117,7 @@ def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     if stage.block is not None:
         return [record for group in _one_scale(stage.linears)
                 for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
-    return []
+    return [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in stage.outside]
 
 
 def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream) -> list[dict[str, Any]]:
@@ -298,7 +298,7 @@ def _finish(job: Job, work: Workspace) -> dict[str, Any]:
     layers = [record for stage in plan.stages for record in work.finished[stage.name]["layers"]]
     config = _config(job)
     found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs}, job.writer.read_back)
-    if set(found_schemes) != {linear.stored for linear in plan.linears}:
+    if found_schemes and set(found_schemes) != {linear.stored for linear in plan.linears}:
         raise VerificationError(f"{work.folder}: a loader would find {len(found_schemes)} quantized linears in the "
                                 f"written keys, not {len(plan.linears)}; this is a bug in format {plan.format.NAME}")
     job.writer.finish()

@@ -34,8 +34,8 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
                 f"(types: {', '.join(TYPES)})")
     width = found.load("grids", scheme.grid).super
     if shape[1] % width:
-        return (f"{linear_name} has {shape[1]} columns and {scheme.grid} has blocks of {width}; a mixture such as q4_k_m "
-                "chooses another type there, or use a rule with grid: q8_0 or q5_0 for it")
+        return (f"{linear_name} has {shape[1]} columns and {scheme.grid} has blocks of {width}; a mixture such as "
+                "q4_k_m chooses another type there, or use a rule with grid: q8_0 or q5_0 for it")
     return None
 
 
