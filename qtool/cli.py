@@ -31,6 +31,7 @@ from qtool.options import (
     Dtype,
     ExportOut,
     Format,
+    GgufType,
     GroupSize,
     Json,
     KvCache,
@@ -200,17 +201,23 @@ def evaluate(
 
 
 @app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Write a quantized checkpoint in another format, with the same codes and scales."""
+def export(path: Checkpoint, to: Target, out: ExportOut = None, type: GgufType = None, json: Json = False,
+           quiet: Quiet = False) -> None:
+    """Write a quantized checkpoint in another format, with the same codes and scales; or any as a GGUF file."""
+    if type is not None and to != "gguf":
+        raise InputError(f"--type {type} goes with --to gguf; leave it out, or give --to gguf")
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
+        from qtool import export_gguf
         from qtool.decode import open_model
 
-        job = exporting.make_export(open_model(path), to, out)
+        source = open_model(path)
+        job: Any = (export_gguf.make_export(source, type, out) if to == "gguf"
+                    else exporting.make_export(source, to, out))
     for text in job.lost:
         console.note(f"note: {text}", json or quiet)
     with console.steps("exporting", json or quiet) as step:
-        result = exporting.run(job, step)
+        result = (export_gguf if to == "gguf" else exporting).run(job, step)
     _show(result, "exported", json, quiet)
 
 
@@ -219,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     told = "--traceback" in given  # hidden; works anywhere on the line
     given = [word for word in given if word != "--traceback"]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for package in ("transformers", "gguf"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets ?, not a crash

@@ -29,8 +29,8 @@ Json = Annotated[bool, _option("Print one JSON document on stdout and nothing el
 Quiet = Annotated[bool, _option("Print nothing but errors.", "--quiet", "-q")]
 Out = Annotated[Path | None, _option("Where to write; must not exist yet (./MODEL-METHOD-SCHEME).", "--out", "-o",
                                      metavar="DIR")]
-ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (./PATH-FORMAT).", "--out", "-o",
-                                           metavar="DIR")]
+ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (./PATH-FORMAT, ./PATH-TYPE.gguf).",
+                                           "--out", "-o", metavar="DIR|FILE")]
 Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (auto).", metavar="NAME")]
 DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
@@ -76,4 +76,6 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, or hf (dense weights).", metavar="FORMAT")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, gguf, or hf (dense weights).", metavar="FORMAT")]
+GgufType = Annotated[str | None, _option("With --to gguf, the type of matrices: f16, bf16, f32, or as it is (auto).",
+                                         "--type", metavar="TYPE")]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from qtool import found, quality
 from qtool.checkpoint.reader import Checkpoint
+from qtool.container import Writer
 from qtool.errors import NumericalError, VerificationError
 from qtool.methods import rtn
 from qtool.plan import Plan
@@ -15,13 +16,6 @@ from qtool.stages import LinearPlan
 from qtool.tensors import all_finite
 
 CHUNK_ELEMENTS = 1 << 24  # at a time; bounds the float32 temporaries
-
-
-class Writer(Protocol):
-    """What checkpoint.writer.ShardWriter and its like are here."""
-
-    def write(self, name: str, tensor: torch.Tensor) -> None: ...
-    def read_back(self, name: str) -> torch.Tensor: ...
 
 
 def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearPlan) -> dict[str, Any]:

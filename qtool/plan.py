@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -30,6 +30,9 @@ from qtool.recipe import Recipe, Scheme
 from qtool.stages import Layout, LinearPlan, Stage
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
 from qtool.units import size
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.gguf_writer import GgufModel
 
 AUTO_GROUPS = (128, 64, 32)
 
@@ -56,6 +59,7 @@ class Plan:
     source_bytes: int
     memory: dict[str, int]
     seconds: float | None
+    gguf: GgufModel | None = None  # what a GGUF file says beside its tensors
     problem: budget.Problem | None = None  # what a search will decide; until then the schemes of `linears` are a guess
 
     @property
@@ -181,6 +185,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         warnings=tuple(_warnings(linears, format_)),
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
         memory=estimate.memory(work), seconds=estimate.seconds(work), problem=problem,
+        gguf=plan_gguf.described(checkpoint, skeleton) if recipe.mixture else None,
     )
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qtool import found
+from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError
 from qtool.mixtures import EMBEDDING, OUTPUT, Shape, choose, role_of
-from qtool.models.skeleton import Skeleton
+from qtool.models.skeleton import Skeleton, config_values
 from qtool.recipe import Recipe, Scheme
 from qtool.stages import LinearPlan
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.gguf_writer import GgufModel
 
 NAME = "gguf"
 NO_TYPE = "its rows are no multiple of 32, which no GGUF type holds"
@@ -26,6 +31,15 @@ def refuse(recipe: Recipe) -> None:
                         "--format out")
     if recipe.mixture is not None and recipe.budget is not None:
         raise PlanError(f"mixture {recipe.mixture} and a budget both choose the type of each tensor; give one of them")
+
+
+def described(checkpoint: Checkpoint, skeleton: Skeleton) -> GgufModel:
+    """What the file will say beside its tensors. Raises PlanError for a model that GGUF cannot hold."""
+    from qtool.checkpoint.gguf_metadata import describe  # needs gguf and a tokenizer
+
+    values = config_values(checkpoint.directory, checkpoint.config, checkpoint.specs)
+    return describe(values, checkpoint.directory, skeleton.vocabulary, checkpoint.name,
+                    Path(checkpoint.origin) if checkpoint.kind == NAME else None)
 
 
 def shape_of(config: Mapping[str, Any], skeleton: Skeleton, calibrated: bool) -> Shape:

@@ -69,6 +69,13 @@ class Workspace:
         self.folder.rename(self.out)
         sync_folder(self.out.parent)
 
+    def complete_file(self, name: str) -> None:
+        """Give the file `name` of the folder the name of the output, and drop the folder."""
+        refuse_existing(self.out)
+        (self.folder / name).rename(self.out)
+        sync_folder(self.out.parent)
+        shutil.rmtree(self.folder)
+
     def _lock(self) -> None:
         try:
             self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

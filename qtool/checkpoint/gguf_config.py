@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qtool.checkpoint.gguf_families import FAMILIES
+from qtool.checkpoint.gguf_families import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT, Family
 from qtool.checkpoint.gguf_header import GgufTensor
 from qtool.errors import CheckpointError
 
@@ -27,16 +27,18 @@ KEYS = {
 TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 # The layer counts of the two Gemmas (27B) whose attention is scaled by hidden size / heads instead of the head size
 SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+# config key -> the tensor that tells
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 LLAMA3_CONTEXTS = tuple(1 << power for power in range(10, 18))
 
 
-def values(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], architecture: str,
-           divisors: torch.Tensor | None, where: str) -> dict[str, Any]:
-    """Values for the config class of the family. divisors: the tensor rope_freqs, if any. Raises CheckpointError.
+def values(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], family: Family,
+           divisors: Mapping[str, torch.Tensor], where: str) -> dict[str, Any]:
+    """Values for the config class of the family. divisors: the rotary tensors, float32. Raises CheckpointError.
 
     Sizes that the tensors have are taken from them, so that a forgotten key cannot make the model another one.
     """
-    family = FAMILIES[architecture]
+    architecture = family.architecture
 
     def said(key: str) -> Any:
         return metadata.get(f"{architecture}.{key}")
@@ -60,15 +62,19 @@ def values(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], archi
     }
     if family.head_dim or head_size != hidden // heads:
         result["head_dim"] = head_size
-    if "ffn_gate_exps" in family.layer:
+    if family.experts:
         experts = shape_of(tensors, "blk.0.ffn_gate_exps.weight", 3, where)
-        result |= {"num_experts": experts[0], "moe_intermediate_size": experts[1],
+        result |= {**dict(zip(family.expert_keys, experts[:2], strict=True)),
                    "num_experts_per_tok": count(metadata, f"{architecture}.expert_used_count", where)}
     if "blk.0.ffn_gate_shexp.weight" in tensors:
         result["shared_expert_intermediate_size"] = shape_of(tensors, "blk.0.ffn_gate_shexp.weight", 2, where)[0]
+    for key, tensor in BIASES.items():
+        if tensor in tensors and key in family.biases:
+            result[key] = True
     if architecture in SCALED_BY_WIDTH:
         by_width = result["num_hidden_layers"] == SCALED_BY_WIDTH[architecture]
         result["query_pre_attn_scalar"] = hidden // heads if by_width else head_size
+        result |= _layer_types(said("attention.sliding_window_pattern"), result["num_hidden_layers"], where)
     rope = _rope(said, architecture, head_size, divisors, where)
     if architecture == "gemma3":
         near = {"rope_type": "default", "rope_theta": shortest(said("rope.freq_base_swa") or 10000.0)}
@@ -83,6 +89,17 @@ def count(metadata: Mapping[str, Any], key: str, where: str, default: int | None
         shown = "absent" if value is None else repr(value)[:80]
         raise CheckpointError(f"{where}: {key} is {shown}, not one positive number; {REMEDY}")
     return value
+
+
+def _layer_types(pattern: Any, layers: int, where: str) -> dict[str, list[str]]:
+    """Which layers see a window only, where the file says so: for each layer, or with one whole layer in every n."""
+    if pattern is None:
+        return {}
+    if type(pattern) is int and 1 <= pattern <= layers:
+        pattern = [index % pattern < pattern - 1 for index in range(layers)]
+    if not isinstance(pattern, list) or len(pattern) != layers:
+        raise CheckpointError(f"{where}: attention.sliding_window_pattern does not tell of {layers} layers; {REMEDY}")
+    return {"layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in pattern]}
 
 
 def _epsilon(metadata: Mapping[str, Any], key: str, where: str) -> float:
@@ -109,7 +126,8 @@ def _head_size(tensors: Mapping[str, GgufTensor], heads: int, kv_heads: int, whe
     return rows // parts
 
 
-def _rope(said: Any, architecture: str, head_size: int, divisors: torch.Tensor | None, where: str) -> dict[str, Any]:
+def _rope(said: Any, architecture: str, head_size: int, divisors: Mapping[str, torch.Tensor],
+          where: str) -> dict[str, Any]:
     """rope_parameters: base frequency, share of the head that is rotated, scaling."""
     base = shortest(said("rope.freq_base") or 10000.0)
     rotated = said("rope.dimension_count") or head_size
@@ -121,8 +139,15 @@ def _rope(said: Any, architecture: str, head_size: int, divisors: torch.Tensor |
             raise CheckpointError(f"{where}: rotates {rotated} of {head_size} elements per head, which {architecture} "
                                   f"models in transformers cannot; {REMEDY}")
         rope["partial_rotary_factor"] = rotated / head_size
-    if divisors is not None:
-        return {**rope, **_llama3(divisors.double(), base, head_size, where)}
+    if ROPE_FREQUENCIES in divisors:
+        return {**rope, **_llama3(divisors[ROPE_FREQUENCIES].double(), base, head_size, where)}
+    if ROPE_LONG in divisors and ROPE_SHORT in divisors:
+        factors = {name: [shortest(value) for value in divisors[tensor].tolist()]
+                   for name, tensor in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT))}
+        if any(len(values) != rotated // 2 for values in factors.values()):
+            raise CheckpointError(f"{where}: {ROPE_LONG} or {ROPE_SHORT} has no value for each of {rotated // 2} "
+                                  f"frequencies; {REMEDY}")
+        return {**rope, "rope_type": "longrope", **factors}
     factor = said("rope.scaling.factor") or said("rope.scale_linear")
     kind = said("rope.scaling.type") or ("linear" if factor not in (None, 1.0) else "none")
     if kind == "none":

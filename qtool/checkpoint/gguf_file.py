@@ -5,22 +5,22 @@ The block layouts are the `gguf` package's, the config classes and the tokenizer
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
-from huggingface_hub.errors import StrictDataclassError
 
+from qtool.checkpoint.explained import Explained
 from qtool.checkpoint.gguf_config import REMEDY, count
 from qtool.checkpoint.gguf_config import values as config_values
-from qtool.checkpoint.gguf_families import FAMILIES, ROPE_FREQUENCIES, Part, map_tensors
+from qtool.checkpoint.gguf_families import ARCHITECTURES, ROTARY, Family, Part, map_tensors, stored_as
 from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from qtool.checkpoint.header import AGAIN, printable, read_json
 from qtool.checkpoint.reader import Checkpoint
@@ -29,9 +29,6 @@ from qtool.errors import CheckpointError
 from qtool.tensors import TensorSpec
 
 CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; bounds the float32 temporaries
-# What transformers and tokenizers raise for metadata that they cannot use
-UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError, OverflowError,
-            MemoryError, AssertionError, ImportError, StrictDataclassError)
 # Vocabularies (tokenizer.ggml.pre) in which each digit is a token of its own. transformers does not know them; the rule
 # is llama.cpp's (src/llama-vocab.cpp).
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
@@ -45,12 +42,13 @@ def open_gguf(path: Path, work_dir: Path | None = None) -> Checkpoint:
     heads = count(header.metadata, f"{architecture}.attention.head_count", where)
     kv_heads = count(header.metadata, f"{architecture}.attention.head_count_kv", where, heads)
     _refuse_undecodable(header, where)
-    parts = map_tensors(header.tensors, architecture, heads, kv_heads, where)
+    family = stored_as(architecture, header.tensors)
+    parts = map_tensors(header.tensors, family, heads, kv_heads, where)
     dtype = _dtype(header)
     temporary = None if work_dir is not None else tempfile.TemporaryDirectory(prefix="qtool-gguf-")
     folder = work_dir if work_dir is not None else Path(temporary.name) if temporary is not None else Path()
     folder.mkdir(parents=True, exist_ok=True)
-    config = _write_config(path, header, architecture, dtype, folder)
+    config = _write_config(path, header, family, dtype, folder)
     _write_tokenizer(path, header, folder)
     return Checkpoint(
         origin=where, name=path.stem, kind="gguf", config=config, directory=folder,
@@ -72,9 +70,9 @@ def _architecture(header: GgufHeader, where: str) -> str:
         raise CheckpointError(f"{where}: is one of {metadata['split.count']} parts of a model; join them, with "
                               "llama.cpp's llama-gguf-split --merge FIRST-PART OUT.gguf")
     architecture = metadata.get("general.architecture")
-    if architecture not in FAMILIES:
+    if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{where}: GGUF files of architecture '{printable(str(architecture))}' are not supported "
-                              f"(supported: {', '.join(FAMILIES)}); {REMEDY}")
+                              f"(supported: {', '.join(ARCHITECTURES)}); {REMEDY}")
     layers = count(metadata, f"{architecture}.block_count", where)
     if layers > len(header.tensors):
         raise CheckpointError(f"{where}: {architecture}.block_count is {layers}, but there are {len(header.tensors)} "
@@ -151,33 +149,14 @@ def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
-class _Explained:
-    """Turns what transformers and tokenizers raise for unusable metadata into a CheckpointError.
-
-    No except clause could: the tokenizers library raises Exception itself, without a class of its own.
-    """
-
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and (kind is Exception or isinstance(error, UNUSABLE)):
-            why = f"the metadata make no usable {self.what}: {_short(error)}"
-            raise CheckpointError(f"{self.path}: {why}; {REMEDY}") from None
-
-
-def _write_config(path: Path, header: GgufHeader, architecture: str, dtype: torch.dtype,
-                  folder: Path) -> dict[str, Any]:
+def _write_config(path: Path, header: GgufHeader, family: Family, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     """Write config.json and return it."""
     from transformers import AutoConfig
 
-    tensor, family = header.tensors.get(ROPE_FREQUENCIES), FAMILIES[architecture]
-    divisors = None if tensor is None else _fetch(path, Part(tensor, tensor.shape), torch.float32, None, None)
-    values = config_values(header.metadata, header.tensors, architecture, divisors, str(path))
-    with _Explained(path, "config"):
+    divisors = {name: _fetch(path, Part(header.tensors[name], header.tensors[name].shape), torch.float32, None, None)
+                for name in ROTARY if name in header.tensors}
+    values = config_values(header.metadata, header.tensors, family, divisors, str(path))
+    with Explained(path, "the metadata make no usable config", REMEDY):
         AutoConfig.for_model(family.model_type, architectures=[family.model_class], dtype=dtype, **values) \
             .save_pretrained(folder)
     return read_json(folder / "config.json")
@@ -193,17 +172,26 @@ def _write_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="qtool-gguf-") as empty:  # where nothing but the file can be picked up
         link = Path(empty) / "model.gguf"
         link.symlink_to(path.resolve())
-        with _Explained(path, "tokenizer"):
+        with Explained(path, "the metadata make no usable tokenizer", REMEDY):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=link.name)
             if header.metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
                 _split_digits(tokenizer)
             tokenizer.save_pretrained(folder)
+            _drop_added(folder / "tokenizer.json", len(header.metadata["tokenizer.ggml.tokens"]))
 
 
 def _split_digits(tokenizer: Any) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
+
+
+def _drop_added(path: Path, count: int) -> None:
+    """transformers adds an <|endoftext|> of its own where the file has none; the embedding has no row for it."""
+    content = read_json(path)
+    kept = [entry for entry in content["added_tokens"] if entry["id"] < count]
+    if len(kept) < len(content["added_tokens"]):
+        path.write_text(json.dumps({**content, "added_tokens": kept}, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
@@ -229,7 +217,3 @@ def _check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
 
 def _texts(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
-def _short(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()), 300) or type(error).__name__

@@ -98,6 +98,12 @@ def build(directory: Path, config: Mapping[str, Any], specs: Mapping[str, Tensor
     return skeleton
 
 
+def config_values(directory: Path, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """config.json of a text model with the defaults of its class filled in. Raises ModelError."""
+    values: dict[str, Any] = _config(directory, config, specs).get_text_config().to_dict()
+    return values
+
+
 def _config(directory: Path, raw: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 

@@ -39,6 +39,8 @@ def convert(folder: Path, out: Path, architecture: str, kind: GGMLQuantizationTy
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config["num_hidden_layers"])
     for name, tensor in _stacked(load_file(folder / "model.safetensors")).items():
         stem, suffix = name.rsplit(".", 1)
+        if ".experts.w" in stem:  # as llama.cpp's converter renames them
+            stem = stem.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
         target = names.get_name(stem)
         assert target is not None, name
         values = _as_stored(name, tensor.float(), config, architecture).numpy()
@@ -109,7 +111,8 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: s
     if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.checkpoint import open_checkpoint, writer
+from qtool.checkpoint import open_checkpoint, part_file
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.writer import Shard, ShardWriter, plan_shards
 from qtool.errors import OutputError, StorageError
@@ -157,7 +157,7 @@ def test_killed_while_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_crash_while_a_part_is_made_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = plan_shards([TensorSpec("t", torch.int32, (4,))], 100)
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(part_file, "write_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ShardWriter(tmp_path, shards)
     assert not list(tmp_path.glob("*.part"))

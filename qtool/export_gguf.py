@@ -1,0 +1,140 @@
+"""Writes a checkpoint as one GGUF file, tensor by tensor; a quantized one is decoded on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+
+import qtool
+from qtool import inspect, manifest
+from qtool.checkpoint.gguf_metadata import describe
+from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
+from qtool.decode import Source
+from qtool.errors import InputError, OutputError, PlanError, VerificationError
+from qtool.models import skeleton
+from qtool.tensors import TensorSpec
+from qtool.workspace import Workspace, storage_error
+
+NAME = "gguf"
+FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+              GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16}
+TENSORS_NAME = "model.gguf"  # in the working directory
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the tensors of a file are stored: what --type stands for.
+
+    label: in the file's name.  outputs: what `encode` makes of each tensor, in the order of the file.  types: block
+    type of the quantized ones.  encode: (tensor, its output) -> as stored.
+    """
+
+    label: str
+    file_type: LlamaFileType
+    outputs: tuple[TensorSpec, ...]
+    types: Mapping[str, GGMLQuantizationType]
+    encode: Callable[[torch.Tensor, TensorSpec], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """What will be written. out: the file."""
+
+    source: Source
+    out: Path
+    model: GgufModel
+    storage: Storage
+    lost: tuple[str, ...]
+
+
+def make_export(source: Source, kind: str | None = None, out: Path | None = None) -> GgufExport:
+    """Raises InputError (or a class below it) when GGUF cannot hold the model, before any work.
+
+    kind: a key of STORAGES.  out: a file ending in .gguf, or a directory for it.
+    """
+    if kind is not None and kind not in STORAGES:
+        raise InputError(f"--type {kind}: give one of {', '.join(STORAGES)}")
+    bones = skeleton.build(source.directory, source.config, source.specs)
+    specs = [source.specs[bones.source(name)] for name in bones.parameters]
+    storage = STORAGES[kind or "auto"](specs)
+    config = skeleton.config_values(source.directory, source.config, source.specs)
+    model = describe(config, source.directory, bones.vocabulary, source.name,
+                     Path(source.origin) if source.kind == "gguf" else None)
+    return GgufExport(source, _place(source, storage, out), model, storage, model.notes)
+
+
+def dense(kind: GGMLQuantizationType | None) -> Callable[[list[TensorSpec]], Storage]:
+    """Storage with all matrices of one element type, or each as it is (None)."""
+    def store(specs: list[TensorSpec]) -> Storage:
+        outputs = tuple(TensorSpec(spec.name, DTYPES[kind], spec.shape) if kind is not None else spec for spec in specs)
+        largest = max(outputs, key=lambda spec: spec.nbytes)
+        main = DENSE.get(largest.dtype, GGMLQuantizationType.F32)
+        return Storage(main.name, FILE_TYPES[main], outputs, {}, _converted)
+
+    return store
+
+
+STORAGES = {"auto": dense(None), "f32": dense(GGMLQuantizationType.F32), "f16": dense(GGMLQuantizationType.F16),
+            "bf16": dense(GGMLQuantizationType.BF16)}
+
+
+def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+    """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
+    source, storage = job.source, job.storage
+    identity = {"export": NAME, "type": storage.label, "qtool": qtool.__version__,
+                "source": {"name": source.name, "files": source.hashes()}}
+    with Workspace(job.out, identity) as work, torch.inference_mode():
+        writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)
+        exact = not source.schemes and not storage.types
+        for done, spec in enumerate(storage.outputs):
+            step(done, len(storage.outputs), spec.name)
+            exact &= _copy(job, writer, spec)
+        step(len(storage.outputs), len(storage.outputs), "naming and hashing the file")
+        writer.finish()
+        try:
+            work.complete_file(TENSORS_NAME)
+            size, digest = job.out.stat().st_size, manifest.file_hash(job.out)
+        except OSError as error:
+            raise storage_error(error, work.folder) from None
+    return {
+        "schema": inspect.SCHEMA, "out": str(job.out), "format": f"{NAME} {storage.label}",
+        "from": inspect.stored_name(source) or f"{inspect.dtype_name(source.dtype)} weights",
+        "linears": len(source.schemes), "lossless": exact, "source_bytes": inspect.stored_bytes(source),
+        "weight_bytes": size, "notes": [], "outputs": {job.out.name: digest},
+        "checked": "every tensor was read back" + ("; lossless" if exact else f" and is the source's in "
+                                                   f"{storage.label}"),
+    }
+
+
+def _place(source: Source, storage: Storage, out: Path | None) -> Path:
+    """The file to write."""
+    name = f"{source.name}-{storage.label}.gguf"
+    path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"{path} exists; remove it or choose another --out")
+    return path
+
+
+def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:
+    """Write one tensor and check it; returns whether nothing of it was lost."""
+    tensor = job.source.read(output.name)
+    stored = job.storage.encode(tensor, output)
+    if not writer.finished:
+        writer.write(output.name, stored)
+    meant = writer.held(output.name, stored)
+    if not torch.equal(writer.read_back(output.name).view(torch.uint8), meant.view(torch.uint8)):
+        raise VerificationError(f"{output.name}: what was read back from {writer.folder} differs from what was "
+                                "written; the disk or the memory of this machine may be faulty")
+    return output.name not in job.storage.types and torch.equal(meant.to(tensor.dtype), tensor)
+
+
+def _converted(tensor: torch.Tensor, output: TensorSpec) -> torch.Tensor:
+    made = tensor.to(output.dtype)
+    if output.dtype is torch.float16 and bool((made.isinf() & tensor.isfinite()).any()):
+        raise PlanError(f"{output.name} has values beyond 65504, which F16 cannot hold; use --type bf16 or f32")
+    return made
