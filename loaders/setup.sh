@@ -15,7 +15,9 @@ for list in loaders/*.txt; do
     rm -rf "$venv"
     "$python" -m venv "$venv"
     # torch first and pinned: otherwise pip fetches another build of it
-    "$venv/bin/python" -m pip install -q torch==2.13.0 setuptools wheel -c constraints.txt
+    if ! grep -qx "# without torch" "$list"; then
+        "$venv/bin/python" -m pip install -q torch==2.13.0 setuptools wheel -c constraints.txt
+    fi
     "$venv/bin/python" -m pip install -q --no-deps -r "$list"
     cp "$list" "$venv/.ready"
 done

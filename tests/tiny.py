@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,30 @@ def make(path: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
     model.save_pretrained(path)
     tokenizer(bos=family.startswith("gemma")).save_pretrained(path)
     return path
+
+
+def sentencepiece(space: bool = True) -> Any:
+    """A SentencePiece tokenizer as transformers stores it: merges over whole texts with ▁ for spaces, bytes for what no
+    piece covers. space: one is put before the text (Llama 2), or not (Gemma)."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=220, show_progress=False))
+    learned = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merged = ["".join(merge) for merge in learned["merges"]]
+    pieces += [*dict.fromkeys(merged), *(piece for piece in learned["vocab"] if piece not in merged)]
+    backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)},
+                                   [tuple(merge) for merge in learned["merges"]], unk_token="<unk>",
+                                   byte_fallback=True, fuse_unk=True))
+    replace = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if space else replace
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>", "<|turn|>")])
+    backend.add_tokens([AddedToken("<think>", normalized=False)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def tokenizer(bos: bool = False) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from qtool.checkpoint.gguf_header import GgufTensor
 from qtool.errors import CheckpointError
 
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece has in a space's place
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = "model.layers.{}."
 ATTENTION = {

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 from qtool.checkpoint.explained import Explained
 from qtool.checkpoint.gguf_config import REMEDY, count
 from qtool.checkpoint.gguf_config import values as config_values
-from qtool.checkpoint.gguf_families import ARCHITECTURES, ROTARY, Family, Part, map_tensors, stored_as
+from qtool.checkpoint.gguf_families import ARCHITECTURES, ROTARY, SPACE, Family, Part, map_tensors, stored_as
 from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from qtool.checkpoint.header import AGAIN, printable, read_json
 from qtool.checkpoint.reader import Checkpoint
@@ -174,16 +174,24 @@ def _write_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
         link.symlink_to(path.resolve())
         with Explained(path, "the metadata make no usable tokenizer", REMEDY):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(empty, gguf_file=link.name)
-            if header.metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
-                _split_digits(tokenizer)
+            _split_as_llama_cpp(tokenizer, header.metadata)
             tokenizer.save_pretrained(folder)
             _drop_added(folder / "tokenizer.json", len(header.metadata["tokenizer.ggml.tokens"]))
 
 
-def _split_digits(tokenizer: Any) -> None:
+def _split_as_llama_cpp(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """Rules of llama.cpp that transformers does not follow: digits; the space before SentencePiece texts."""
+    from tokenizers import normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
+    backend = tokenizer.backend_tokenizer
+    if metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
+        backend.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        replace = normalizers.Replace(" ", SPACE)
+        before = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if before else replace
+        backend.pre_tokenizer = None
 
 
 def _drop_added(path: Path, count: int) -> None:

@@ -13,11 +13,11 @@ from gguf import GGUFWriter, TokenType
 
 from qtool.checkpoint import gguf_pre
 from qtool.checkpoint.explained import Explained
+from qtool.checkpoint.gguf_families import SPACE
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.header import read_json
 from qtool.errors import PlanError
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece has in a space's place
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # as in llama.cpp's converter
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Added tokens that some tokenizers do not mark as special although they are (llama.cpp's converter has the same list)

@@ -114,6 +114,45 @@ def test_two_runs_are_equal_and_a_gguf_file_comes_out_as_it_went_in(llama: Path,
         [(one.name, one.data.tobytes()) for one in again.tensors]
 
 
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_comes_back(tmp_path: Path, space: bool) -> None:
+    from transformers import AutoTokenizer
+
+    original = tiny.make(tmp_path / "hf", "llama", num_hidden_layers=1)
+    tokenizer = tiny.sentencepiece(space)
+    tokenizer.save_pretrained(original)
+    export(original, tmp_path / "m.gguf")
+    back = AutoTokenizer.from_pretrained(open_checkpoint(str(tmp_path / "m.gguf"), work_dir=tmp_path / "w").directory)
+    for text in (*tiny.TEXT, "  two  spaces\n\nhere", "Größe 東京 😀", "a <think> smaller<|turn|>guess</s>"):
+        assert back(text).input_ids == tokenizer(text).input_ids, text
+
+
+ROPES = {
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1.0 + index for index in range(8)],
+                 "short_factor": [1.25] * 8},
+    "partial": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_settings_come_back(tmp_path: Path, name: str) -> None:
+    from transformers import AutoConfig
+
+    family = "phi3" if name in ("longrope", "partial") else "llama"
+    more = {"original_max_position_embeddings": 64} if family == "phi3" else {}
+    original = tiny.make(tmp_path / "hf", family, num_hidden_layers=1, rope_parameters=ROPES[name], **more)
+    export(original, tmp_path / "m.gguf")
+    back = open_checkpoint(str(tmp_path / "m.gguf"), work_dir=tmp_path / "w")
+    ours, theirs = (AutoConfig.from_pretrained(folder).rope_parameters for folder in (back.directory, original))
+    for key in {*ours, *theirs} - {"beta_fast", "beta_slow"}:
+        meant = theirs.get(key)
+        assert ours.get(key) == (pytest.approx(meant, rel=1e-6) if key == "factor" else meant), key
+
+
 # The writer by itself
 
 
