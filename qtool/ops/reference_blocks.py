@@ -60,7 +60,7 @@ def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, levels: torch.Ten
     rule = Rule(levels, edges, sub, scale_low, scale_high, mins, steps, uniform)
     shape = (rows, columns // super_, super_ // sub, sub)
     tile = weight.reshape(shape)
-    weights = _weights(weight.reshape(rows, -1, super_), importance, energy).reshape(shape)
+    weights = _weights(weight.reshape(shape[0], shape[1], super_), importance, energy).reshape(shape)
     scale, minus = _with_minimum(rule, tile, weights) if mins else _without(rule, tile, weights)
     blocks = _to_integers(rule, tile, weights, scale, minus)
     for _ in range(rounds):
@@ -72,7 +72,7 @@ def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, levels: torch.Ten
 
 
 def _weights(blocks: torch.Tensor, importance: torch.Tensor, energy: float) -> torch.Tensor:
-    weights = importance.reshape(1, -1, blocks.shape[-1]).expand(blocks.shape)
+    weights = importance.reshape(1, *blocks.shape[1:]).expand(blocks.shape)
     if not energy > 0:
         return weights
     mean = torch.zeros_like(blocks[..., 0])
@@ -137,7 +137,7 @@ def _without(rule: Rule, tile: torch.Tensor, weights: torch.Tensor) -> Pair:
 
 
 def _half(value: torch.Tensor) -> torch.Tensor:
-    return torch.where(value.abs() > 0, stored(value, torch.float16), 0.0)
+    return torch.where(value.abs() > 2.0**-25, stored(value, torch.float16), 0.0)
 
 
 def _whole(value: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -154,8 +154,10 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 def _to_integers(rule: Rule, tile: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor,
                  minus: torch.Tensor) -> Blocks:
-    d = _half(_largest(scale) / (rule.scale_low if rule.scale_low < 0 else rule.scale_high))
-    dmin = _half(_largest(minus) / rule.mins) if rule.mins else torch.zeros_like(d)
+    largest = _largest(scale)
+    d = _half(largest / (rule.scale_low if rule.scale_low < 0 else rule.scale_high))
+    lost = (d == 0) & (largest != 0)
+    dmin = torch.where(lost, 0.0, _half(_largest(minus) / rule.mins)) if rule.mins else torch.zeros_like(d)
     integers = _whole(scale / d[..., None], rule.scale_low, rule.scale_high)
     minima = torch.zeros_like(integers)
     if rule.mins:
