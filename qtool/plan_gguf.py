@@ -72,7 +72,8 @@ def outside(recipe: Recipe, skeleton: Skeleton,
         rows, columns = skeleton.parameters[name]
         linear = name.removesuffix(".weight")
         role = OUTPUT if linear == skeleton.head or skeleton.head is None else EMBEDDING
-        scheme, rule = recipe.scheme_for(linear, _scheme(choose(recipe.mixture, role, 0, columns, model)))
+        base = _scheme(choose(recipe.mixture, role, 0, columns, model))
+        scheme, rule = recipe.scheme_for(linear, base) if base else (None, None)
         used.add(rule)
         if scheme is None:
             kept.append((linear, NO_TYPE if rule is None else f"rule {recipe.rules[rule].match} leaves it as it is"))
