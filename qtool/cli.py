@@ -33,6 +33,7 @@ from qtool.options import (
     Format,
     GgufType,
     GroupSize,
+    Imatrix,
     Json,
     KvCache,
     Layers,
@@ -201,18 +202,18 @@ def evaluate(
 
 
 @app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(path: Checkpoint, to: Target, out: ExportOut = None, type: GgufType = None, json: Json = False,
-           quiet: Quiet = False) -> None:
+def export(path: Checkpoint, to: Target, out: ExportOut = None, type: GgufType = None, imatrix: Imatrix = None,
+           json: Json = False, quiet: Quiet = False) -> None:
     """Write a quantized checkpoint in another format, with the same codes and scales; or any as a GGUF file."""
-    if type is not None and to != "gguf":
-        raise InputError(f"--type {type} goes with --to gguf; leave it out, or give --to gguf")
+    if to != "gguf" and (type is not None or imatrix is not None):
+        raise InputError("--type and --imatrix go with --to gguf; leave them out, or give --to gguf")
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
         from qtool import export_gguf
         from qtool.decode import open_model
 
         source = open_model(path)
-        job: Any = (export_gguf.make_export(source, type, out) if to == "gguf"
+        job: Any = (export_gguf.make_export(source, type, out, imatrix) if to == "gguf"
                     else exporting.make_export(source, to, out))
     for text in job.lost:
         console.note(f"note: {text}", json or quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import qtool
 from qtool import found, inspect, manifest, outside, plan_gguf, recipe
 from qtool.checkpoint.gguf_metadata import describe
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
+from qtool.checkpoint.imatrix import read_imatrix, spread
 from qtool.decode import Source
 from qtool.errors import InputError, NumericalError, OutputError, PlanError, VerificationError
 from qtool.formats import gguf as blocks
@@ -42,6 +44,7 @@ class Storage:
     outputs: tuple[TensorSpec, ...]
     types: Mapping[str, GGMLQuantizationType]
     encode: Callable[[torch.Tensor, TensorSpec], torch.Tensor]
+    weighed_by: str | None = None  # sha256 of the means of an importance matrix
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,22 @@ class GgufExport:
     lost: tuple[str, ...]
 
 
-def make_export(source: Source, kind: str | None = None, out: Path | None = None) -> GgufExport:
+def make_export(source: Source, kind: str | None = None, out: Path | None = None,
+                imatrix: Path | None = None) -> GgufExport:
     """Raises InputError (or a class below it) when GGUF cannot hold the model, before any work.
 
-    kind: a key of STORAGES or MIXTURES.  out: a file ending in .gguf, or a directory for it.
+    kind: a key of STORAGES or MIXTURES.  imatrix: llama.cpp's importance matrix, for a mixture.  out: a file ending in
+    .gguf, or a directory for it.
     """
     kind = None if kind is None else kind.lower()
     if kind is not None and kind not in STORAGES and kind not in MIXTURES:
         raise InputError(f"--type {kind}: give one of {', '.join((*STORAGES, *MIXTURES))}")
     bones = skeleton.build(source.directory, source.config, source.specs)
     specs = [source.specs[bones.source(name)] for name in bones.parameters]
-    storage = mixed(kind, bones, source, specs) if kind in MIXTURES else STORAGES[kind or "auto"](specs)
+    if imatrix is not None and kind not in MIXTURES:
+        raise InputError(f"--imatrix {imatrix} says how block types are fitted; give one with --type, such as q4_k_m")
+    storage = (mixed(kind, bones, source, specs, _importance(source, imatrix)) if kind in MIXTURES
+               else STORAGES[kind or "auto"](specs))
     config = skeleton.config_values(source.directory, source.config, source.specs)
     model = describe(config, source.directory, bones.vocabulary, source.name,
                      Path(source.origin) if source.kind == "gguf" else None)
@@ -87,9 +95,22 @@ STORAGES = {"auto": dense(None), "f32": dense(GGMLQuantizationType.F32), "f16": 
             "bf16": dense(GGMLQuantizationType.BF16)}
 
 
-def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[TensorSpec]) -> Storage:
+def _importance(source: Source, imatrix: Path | None) -> dict[str, torch.Tensor]:
+    """Weight name -> mean squares of its inputs [K]; empty without an importance matrix."""
+    if imatrix is None:
+        return {}
+    shapes = {name: (spec.shape[0], spec.shape[1]) for name, spec in source.specs.items()
+              if len(spec.shape) == 2 and name.endswith("proj.weight")}
+    found_means = spread(read_imatrix(imatrix), shapes, str(source.config.get("model_type")), str(imatrix))
+    if not found_means:
+        raise InputError(f"{imatrix}: has no entry for any matrix of {source.origin}; it belongs to another model")
+    return {name: means for name, (means, _) in found_means.items()}
+
+
+def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[TensorSpec],
+          importance: Mapping[str, torch.Tensor]) -> Storage:
     """Block types as llama.cpp's mixture of that name gives them, fitted without text."""
-    shape = plan_gguf.shape_of(source.config, bones, calibrated=False)
+    shape = plan_gguf.shape_of(source.config, bones, calibrated=bool(importance))
     wanted = recipe.Recipe(mixture=mixture, format=NAME)
     schemes = {f"{one.stored}.weight": one.scheme for one in plan_gguf.outside(wanted, bones, shape)[0]}
     for index in range(len(bones.blocks)):
@@ -105,13 +126,18 @@ def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[Te
 
     def encode(tensor: torch.Tensor, output: TensorSpec) -> torch.Tensor:
         scheme = schemes.get(output.name)
-        return tensor.to(output.dtype) if scheme is None else _rounded(tensor, output, scheme)
+        if scheme is None:
+            return tensor.to(output.dtype)
+        return _rounded(tensor, output, scheme, importance.get(output.name))
 
     types = {name: GGMLQuantizationType[scheme.grid.upper()] for name, scheme in schemes.items()}
-    return Storage(mixture.upper(), LlamaFileType(MIXTURES[mixture][0]), tuple(outputs), types, encode)
+    weighed = hashlib.sha256(b"".join(means.numpy().tobytes() for _, means in sorted(importance.items()))).hexdigest()
+    return Storage(mixture.upper(), LlamaFileType(MIXTURES[mixture][0]), tuple(outputs), types, encode,
+                   weighed if importance else None)
 
 
-def _rounded(tensor: torch.Tensor, output: TensorSpec, scheme: recipe.Scheme) -> torch.Tensor:
+def _rounded(tensor: torch.Tensor, output: TensorSpec, scheme: recipe.Scheme,
+             importance: torch.Tensor | None) -> torch.Tensor:
     """The blocks of a matrix [N, K], some rows at a time."""
     grid, linear = found.load("grids", scheme.grid), output.name.removesuffix(".weight")
     packed, step = torch.empty(output.shape, dtype=output.dtype), max(1, outside.CHUNK_ELEMENTS // tensor.shape[1])
@@ -119,7 +145,7 @@ def _rounded(tensor: torch.Tensor, output: TensorSpec, scheme: recipe.Scheme) ->
         chunk = tensor[start:start + step].float()
         if not all_finite(chunk):
             raise NumericalError(f"{output.name}: has values that are NaN or infinite; the checkpoint is damaged")
-        fitted = grid.fit(chunk, scheme, torch.float16, None, PLAIN_STEPS, True, PLAIN_ROUNDS)
+        fitted = grid.fit(chunk, scheme, torch.float16, importance, PLAIN_STEPS, True, PLAIN_ROUNDS)
         packed[start:start + step] = blocks.pack(linear, grid.encode(chunk, fitted))[output.name]
     return packed
 
@@ -127,7 +153,7 @@ def _rounded(tensor: torch.Tensor, output: TensorSpec, scheme: recipe.Scheme) ->
 def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     source, storage = job.source, job.storage
-    identity = {"export": NAME, "type": storage.label, "qtool": qtool.__version__,
+    identity = {"export": NAME, "type": storage.label, "importance": storage.weighed_by, "qtool": qtool.__version__,
                 "source": {"name": source.name, "files": source.hashes()}}
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)

@@ -77,5 +77,7 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
 Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, gguf, or hf (dense weights).", metavar="FORMAT")]
-GgufType = Annotated[str | None, _option("With --to gguf, the type of matrices: f16, bf16, f32, or as it is (auto).",
-                                         "--type", metavar="TYPE")]
+GgufType = Annotated[str | None, _option("With --to gguf: f16, bf16, f32, a mixture of block types such as q4_k_m, or "
+                                         "as the source is (auto).", "--type", metavar="TYPE")]
+Imatrix = Annotated[Path | None, _option("llama.cpp's importance matrix, for a --type of block types.", "--imatrix",
+                                         metavar="FILE")]

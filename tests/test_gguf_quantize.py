@@ -15,7 +15,7 @@ from gguf import GGUFReader
 
 from qtool import decode, export_gguf, inspect, recipe
 from qtool.checkpoint import open_checkpoint
-from qtool.errors import InputError, NumericalError, PlanError, RecipeError
+from qtool.errors import CheckpointError, InputError, NumericalError, PlanError, RecipeError
 from qtool.mixtures import MIXTURES
 from qtool.plan import make_plan
 from tests import tiny
@@ -184,3 +184,28 @@ def test_nan_in_an_embedding_is_named(tmp_path: Path) -> None:
         quantize(model, tmp_path / "out", "q4_k_m", steps=[{"rtn": {}}])
     with pytest.raises(NumericalError, match="model.embed_tokens.weight"):
         export_gguf.run(export_gguf.make_export(decode.open_model(str(model)), "q4_k_m", tmp_path / "x.gguf"))
+
+
+def test_an_importance_matrix_weighs_the_rounding(tmp_path: Path) -> None:
+    """The columns that it calls important come out better; a file of another model is refused."""
+    from qtool.checkpoint.imatrix import write_imatrix
+
+    model = wide(tmp_path / "model", num_hidden_layers=1)
+    source = decode.open_model(str(model))
+    means = torch.ones(256)
+    means[::2] = 100.0
+    one = torch.ones(1)
+    write_imatrix(tmp_path / "i.gguf", {"blk.0.ffn_up.weight": (means[None], one)}, ["text"], 1, 1)
+    errors = []
+    for name, imatrix in (("plain", None), ("weighed", tmp_path / "i.gguf")):
+        out = tmp_path / f"{name}.gguf"
+        export_gguf.run(export_gguf.make_export(source, "q3_k_s", out, imatrix))
+        weight = source.read("model.layers.0.mlp.up_proj.weight").float()
+        off = (weight - read_by_gguf(out)["blk.0.ffn_up.weight"][1]).square().sum(0)
+        errors.append((float(off[::2].sum()), float(off[1::2].sum())))
+    assert errors[1][0] < 0.9 * errors[0][0] and errors[1][1] > errors[0][1]
+    write_imatrix(tmp_path / "o.gguf", {"blk.0.ffn_up.weight": (torch.ones(1, 512), one)}, ["text"], 1, 1)
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        export_gguf.make_export(source, "q3_k_s", tmp_path / "x.gguf", tmp_path / "o.gguf")
+    with pytest.raises(InputError, match="such as q4_k_m"):
+        export_gguf.make_export(source, "f16", tmp_path / "x.gguf", tmp_path / "i.gguf")

@@ -97,12 +97,16 @@ def spread(entries: Mapping[str, tuple[torch.Tensor, torch.Tensor]], shapes: Map
     Raises CheckpointError for an entry of another size.
     """
     result: dict[str, tuple[torch.Tensor, float]] = {}
-    for name, (target, index) in placed(shapes, model_type).items():
+    places = placed(shapes, model_type)
+    matrices: dict[str, int] = {}
+    for target, index in places.values():
+        matrices[target] = max(matrices.get(target, 0), index + 1)
+    for name, (target, index) in places.items():
         if target not in entries:
             continue
         means, counts = entries[target]
         columns = shapes[name][1]
-        if len(counts) == 1 and means.numel() % columns == 0:  # an old file, or one count for all experts
+        if len(counts) == 1 and means.numel() == matrices[target] * columns:  # an old file, or one count for all
             means = means.reshape(-1, columns)
             counts = counts.expand(len(means))
         if means.shape[1] != columns or index >= len(means):

@@ -46,7 +46,7 @@ BAD_QUANTIZE = [
     (f"MODEL --set steps.gptq.dampin=1 {SHAPED}", "unknown option 'dampin'.*damping"),
     ("MODEL --set steps.awq.x=1", "no step 'awq'; its steps: asymmetric, gptq"),
     ("MODEL --set scheme.bits=[", "not valid YAML"),
-    (f"MODEL --format ggml {SHAPED}", "unknown format 'ggml'.*compressed-tensors, fp8, gptq"),
+    (f"MODEL --format ggml {SHAPED}", "unknown format 'ggml'.*compressed-tensors, fp8, gguf, gptq"),
     (f"MODEL --format hf {SHAPED}", "hf keeps dense weights.*--format compressed-tensors"),
     ("MODEL --dtype int8", "--dtype: .*'bfloat16'"),
     (f"MODEL --device tpu {SHAPED}", "device 'tpu' is not known; use auto, cpu"),
