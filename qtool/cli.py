@@ -18,6 +18,7 @@ import qtool
 from qtool import console
 from qtool.errors import InputError, QtoolError, RecipeError, VerificationError
 from qtool.options import (
+    AccuracyLevel,
     Asymmetric,
     Bits,
     Budget,
@@ -200,17 +201,22 @@ def evaluate(
 
 
 @app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = False, quiet: Quiet = False) -> None:
+def export(path: Checkpoint, to: Target, out: ExportOut = None, accuracy_level: AccuracyLevel = None,
+           json: Json = False, quiet: Quiet = False) -> None:
     """Write a quantized checkpoint in another format, with the same codes and scales."""
+    if accuracy_level is not None and to != "onnx":
+        raise InputError(f"--accuracy-level is for --to onnx, not {to}; leave it out")
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
+        from qtool import export_onnx
         from qtool.decode import open_model
 
-        job = exporting.make_export(open_model(path), to, out)
+        job: Any = (export_onnx.make_export(open_model(path), out, accuracy_level) if to == export_onnx.NAME
+                    else exporting.make_export(open_model(path), to, out))
     for text in job.lost:
         console.note(f"note: {text}", json or quiet)
     with console.steps("exporting", json or quiet) as step:
-        result = exporting.run(job, step)
+        result = (export_onnx if to == export_onnx.NAME else exporting).run(job, step)
     _show(result, "exported", json, quiet)
 
 

@@ -7,7 +7,7 @@ source bit for bit; a pair of formats that cannot hold the same numbers is refus
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -47,11 +47,15 @@ class Export:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """What of the source the output will not have."""
-        if not self.source.cache_scales():
-            return ()
-        return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
-                "quantize the original again",)
+        return lost(self.source)
+
+
+def lost(source: Source) -> tuple[str, ...]:
+    """What of the source no export has."""
+    if not source.cache_scales():
+        return ()
+    return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
+            "quantize the original again",)
 
 
 def make_export(source: Source, to: str, out: Path | None = None) -> Export:
@@ -83,11 +87,17 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
         step(len(names), len(names), "naming and hashing the files")
         writer.finish()
         result = _finish(job, work)
+    return told(job.source, job.out, result, len(job.schemes or job.source.schemes), _checked(job), _notes(job))
+
+
+def told(source: Source, out: Path, result: dict[str, Any], linears: int, checked: str,
+         notes: list[str]) -> dict[str, Any]:
+    """What `qtool export --json` prints, of a finished output with the manifest `result`."""
     return {
-        "schema": inspect.SCHEMA, "out": str(job.out), "from": inspect.stored_name(job.source),
-        "format": job.target.NAME, "linears": len(job.schemes or job.source.schemes), "lossless": not job.dense,
-        "checked": _checked(job), "source_bytes": inspect.stored_bytes(job.source),
-        "weight_bytes": result["totals"]["weight_bytes"], "notes": _notes(job), "outputs": result["outputs"],
+        "schema": inspect.SCHEMA, "out": str(out), "from": inspect.stored_name(source), "format": result["format"],
+        "linears": linears, "lossless": checked.startswith("lossless"), "checked": checked,
+        "source_bytes": inspect.stored_bytes(source), "weight_bytes": result["totals"]["weight_bytes"], "notes": notes,
+        "outputs": result["outputs"],
     }
 
 
@@ -184,23 +194,36 @@ def _copy(job: Export, writer: ShardWriter, name: str) -> None:
 
 
 def _finish(job: Export, work: Workspace) -> dict[str, Any]:
-    """Companions, config, card and manifest; then the directory gets its name."""
     config = dict(job.source.config)
     extra: dict[str, Any] = {}
     if not job.dense:
         steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
         config["quantization_config"] = job.target.config(job.schemes, list(job.skipped), steps)
         extra = job.target.extra_files(config["quantization_config"])
+    sizes = {linear: sum(spec.nbytes for spec in job.target.layout(linear, job.source.specs[linear + ".weight"].shape,
+                                                                   scheme, job.source.dtype))
+             for linear, scheme in job.source.schemes.items()}
+    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
+    made = record(job.source, job.record, job.target.NAME, sizes, sum(spec.nbytes for spec in job.outputs), kept)
+    return finish(work, job.source, {"config.json": config, **extra}, made, job.target.LOADERS)
+
+
+def finish(work: Workspace, source: Source, files: Mapping[str, Any], record: Mapping[str, Any],
+           loaders: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The companions of the source, JSON files, card and manifest; then the directory gets its name.
+
+    Returns the manifest: `record` with the hashes of the files.
+    """
     try:
-        for path in job.source.companions():
+        for path in source.companions():
             shutil.copyfile(path, work.folder / path.name)
-        for name, content in {"config.json": config, **extra}.items():
+        for name, content in files.items():
             manifest.write_json(work.folder / name, content)
         scratch = ("journal.jsonl", "lock")
         hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
                   if path.name not in scratch}
-        result = {**_record(job), "outputs": hashes}
-        (work.folder / "README.md").write_text(card.text(result, job.target.LOADERS), encoding="utf-8")
+        result = {**record, "outputs": hashes}
+        (work.folder / "README.md").write_text(card.text(result, loaders), encoding="utf-8")
         hashes["README.md"] = manifest.file_hash(work.folder / "README.md")
         manifest.save(work.folder, result)
         work.complete()
@@ -209,28 +232,29 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
     return result
 
 
-def _record(job: Export) -> dict[str, Any]:
-    """The source's manifest with the sizes of the new files; of a foreign checkpoint, what its files tell."""
-    source, before = job.source, job.record
+def record(source: Source, before: dict[str, Any] | None, target: str, sizes: Mapping[str, int], weight_bytes: int,
+           kept: list[dict[str, str]]) -> dict[str, Any]:
+    """The manifest of an export without the hashes of its files: the source's (`before`) with the sizes of the new
+    ones; of a foreign checkpoint, what its files tell.
+
+    sizes: bytes of every quantized linear.  weight_bytes: of all tensors.  kept: the linears that are not quantized.
+    """
     layers = []
     known = {layer["stored"]: layer for layer in (before or {}).get("layers", [])}
     for linear in [name for name in known if name in source.schemes] or list(source.schemes):
-        scheme, shape = source.schemes[linear], source.specs[linear + ".weight"].shape
-        specs = job.target.layout(linear, shape, scheme, source.dtype)
-        told = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
-                                  "sqnr_db": None, "tokens": 0})
-        layers.append({**told, "shape": list(shape), "scheme": scheme.model_dump(),
-                       "bytes": sum(spec.nbytes for spec in specs)})
+        figures = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
+                                     "sqnr_db": None, "tokens": 0})
+        layers.append({**figures, "shape": list(source.specs[linear + ".weight"].shape),
+                       "scheme": source.schemes[linear].model_dump(), "bytes": sizes[linear]})
     parameters = sum(spec.elements for spec in source.specs.values())
     made = before or {"schema": manifest.SCHEMA, "qtool": qtool.__version__, "recipe": None, "calibration": None,
                       "versions": {}, "source": {"name": source.name, "origin": source.origin,
                                                  "files": source.hashes()}}
-    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
-    sizes = manifest.totals(layers, parameters, sum(spec.nbytes for spec in job.outputs),
-                            (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
+    totals = manifest.totals(layers, parameters, weight_bytes,
+                             (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
     return {**made, "exported_from": {"format": inspect.stored_name(source), "qtool": qtool.__version__,
                                       "files": source.hashes()},
-            "format": job.target.NAME, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": sizes}
+            "format": target, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": totals}
 
 
 def _checked(job: Export) -> str:

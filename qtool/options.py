@@ -76,4 +76,7 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, or hf (dense weights).", metavar="FORMAT")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, onnx, or hf (dense weights).", metavar="FORMAT")]
+AccuracyLevel = Annotated[int | None, _option(
+    "onnx: how MatMulNBits takes its inputs: 0 as they are, 1 float32, 2 float16, 3 bfloat16, 4 rounded to 8 bits, "
+    "which is faster (0).", "--accuracy-level", metavar="N")]

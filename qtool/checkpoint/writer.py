@@ -25,16 +25,19 @@ PART = ".part"
 INDEX = "model.safetensors.index.json"
 PYTORCH = {"format": "pt"}  # loaders ask for this key
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BARE_ALIGNMENT, PAGE, LARGE = 64, 4096, 1 << 20
 NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 CONTINUES = "the same command then goes on where it stopped"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file and its tensors, in the order of their data."""
+    """A file and its tensors, in the order of their data. bare: without a header, each tensor at an address that is a
+    multiple of BARE_ALIGNMENT, a large one at the start of a page (ONNX's external data)."""
 
     file_name: str
     specs: tuple[TensorSpec, ...]
+    bare: bool = False
 
 
 def plan_shards(specs: Iterable[TensorSpec], limit_bytes: int) -> list[Shard]:
@@ -90,9 +93,8 @@ class ShardWriter:
         self._finished: set[str] = set()
         try:
             for shard in self.shards:
-                header = header_bytes(shard.specs, metadata)
-                self._place(shard, len(header))
-                self._open(shard, header)
+                header = b"" if shard.bare else header_bytes(shard.specs, metadata)
+                self._open(shard, header, self._place(shard, len(header)))
             _sync_folder(folder)
         except (OutputError, StorageError):
             self.close()
@@ -121,6 +123,11 @@ class ShardWriter:
         if tensor is None:
             raise StorageError(f"{path}{PART}: became shorter; something else writes to {self.folder}")
         return tensor
+
+    def place(self, name: str) -> tuple[int, int]:
+        """(offset in its file, bytes) of a tensor."""
+        spec, _, offset = self._places[name]
+        return offset, spec.nbytes
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
@@ -151,15 +158,18 @@ class ShardWriter:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _place(self, shard: Shard, offset: int) -> None:
+    def _place(self, shard: Shard, offset: int) -> int:
+        """Give every tensor its offset; returns the size of the file."""
         for spec in shard.specs:
             if spec.name in self._places:
                 raise ValueError(f"tensor '{spec.name}' is planned twice")
+            if shard.bare:
+                offset += -offset % (PAGE if spec.nbytes >= LARGE else BARE_ALIGNMENT)
             self._places[spec.name] = (spec, shard, offset)
             offset += spec.nbytes
+        return offset
 
-    def _open(self, shard: Shard, header: bytes) -> None:
-        size = len(header) + sum(spec.nbytes for spec in shard.specs)
+    def _open(self, shard: Shard, header: bytes, size: int) -> None:
         final = self.folder / shard.file_name
         part = self.folder / (shard.file_name + PART)
         try:

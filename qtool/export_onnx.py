@@ -1,0 +1,120 @@
+"""Writes a checkpoint as an ONNX decoder that onnxruntime-genai loads: the same codes and scales, in other bytes.
+
+Initializer by initializer, so memory is one tensor. Each is read back from the file; a quantized linear is also decoded
+from what lies there and compared with the source bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qtool
+from qtool import export, inspect
+from qtool.checkpoint.writer import Shard, ShardWriter
+from qtool.decode import Source
+from qtool.errors import InputError, VerificationError
+from qtool.models import decoder as decoders
+from qtool.models.decoder import Decoder
+from qtool.onnx_graph import genai, weights
+from qtool.onnx_graph.builder import DATA_FILE, Graph, library
+from qtool.onnx_graph.decoder import draw
+from qtool.onnx_graph.weights import Part
+from qtool.workspace import Workspace, refuse_existing, storage_error
+
+NAME = "onnx"
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What will be written. accuracy_level: of MatMulNBits; 4 lets it round its inputs to 8 bits, which is faster."""
+
+    source: Source
+    out: Path
+    decoder: Decoder
+    graph: Graph
+    accuracy_level: int
+    extra_files: dict[str, Any]
+    record: dict[str, Any] | None
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        return export.lost(self.source)
+
+
+def make_export(source: Source, out: Path | None = None, accuracy_level: int | None = None) -> OnnxExport:
+    """Raises InputError (or a class below it) when the graph cannot hold the model, before any work."""
+    library()
+    level = 0 if accuracy_level is None else accuracy_level
+    if level not in ACCURACY_LEVELS:
+        raise InputError(f"--accuracy-level is 0 to 4, not {level}")
+    for linear, scheme in source.schemes.items():
+        reason = weights.refusal(scheme, linear, weights.shape_of(source, linear))
+        if reason:
+            raise InputError(reason)
+    decoder = decoders.describe(source.directory, source.config, source.specs)
+    where = out or Path(f"{source.name}-{NAME}")
+    refuse_existing(where)
+    files = {"config.json": dict(source.config), **genai.files(decoder, source.config, source.directory)}
+    return OnnxExport(source, where, decoder, draw(source, decoder, level), level, files, inspect.record_of(source))
+
+
+def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+    """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
+    source, parts = job.source, job.graph.parts
+    identity = {"export": NAME, "qtool": qtool.__version__, "onnx": library().__version__,
+                "accuracy_level": job.accuracy_level, "source": {"name": source.name, "files": source.hashes()}}
+    specs = tuple(spec for part in parts for spec in part.specs)
+    with Workspace(job.out, identity) as work, torch.inference_mode():
+        writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)])
+        for done, part in enumerate(parts):
+            step(done, len(parts), part.specs[0].name)
+            _write(part, writer)
+        step(len(parts), len(parts), "naming and hashing the files")
+        writer.finish()
+        try:
+            (work.folder / genai.MODEL_FILE).write_bytes(job.graph.serialized(writer.place))
+        except OSError as error:
+            raise storage_error(error, work.folder) from None
+        result = export.finish(work, source, job.extra_files, _record(job), genai.LOADERS)
+    return export.told(source, job.out, result, len(source.schemes), _checked(source), _notes(source))
+
+
+def _write(part: Part, writer: ShardWriter) -> None:
+    """Write the tensors of a part and compare what lies in the file with them and with the source."""
+    tensors = part.load()
+    for spec, tensor in zip(part.specs, tensors, strict=True):
+        writer.write(spec.name, tensor)
+    again = [writer.read_back(spec.name) for spec in part.specs]
+    equal = all(torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+                for one, other in zip(again, tensors, strict=True))
+    del tensors
+    if not equal or not part.check(again):
+        raise VerificationError(f"{part.specs[0].name}: what was read back from {writer.folder} differs from the "
+                                "source; the disk or the memory of this machine may be faulty")
+
+
+def _record(job: OnnxExport) -> dict[str, Any]:
+    source = job.source
+    sizes = {linear: sum(spec.nbytes for spec in weights.quantized(source, linear, linear)[0].specs)
+             for linear in source.schemes}
+    weight_bytes = sum(spec.nbytes for part in job.graph.parts for spec in part.specs)
+    return export.record(source, job.record, NAME, sizes, weight_bytes, [])
+
+
+def _checked(source: Source) -> str:
+    if source.schemes:
+        return "lossless: every quantized weight was decoded from both and compared bit for bit"
+    return "lossless: every tensor was read back and compared"
+
+
+def _notes(source: Source) -> list[str]:
+    widened = Counter((scheme.bits, weights.STORED_BITS[scheme.bits]) for scheme in source.schemes.values()
+                      if weights.STORED_BITS[scheme.bits] != scheme.bits)
+    return [f"{count} linears of {bits} bits take {stored} bits per weight here: MatMulNBits has 2, 4 and 8"
+            for (bits, stored), count in sorted(widened.items())]
