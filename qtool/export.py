@@ -27,6 +27,7 @@ from qtool.workspace import Workspace, refuse_existing, storage_error
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
+WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES))
         names = list(job.source.specs)
-        for done, name in enumerate(names):
+        for done, name in enumerate(names if WRITTEN not in work.finished else ()):
             step(done, len(names), name)
             linear = name.removesuffix(".weight")
             if linear != name and linear in job.schemes:
@@ -85,9 +86,17 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
             else:
                 _copy(job, writer, name)
         step(len(names), len(names), "naming and hashing the files")
-        writer.finish()
+        name_files(work, writer)
         result = _finish(job, work)
     return told(job.source, job.out, result, len(job.schemes or job.source.schemes), _checked(job), _notes(job))
+
+
+def name_files(work: Workspace, writer: ShardWriter) -> None:
+    """All tensors are written: record that, and give their files their names. A killed run may do it again."""
+    writer.sync()
+    if WRITTEN not in work.finished:
+        work.record(WRITTEN, {})
+    writer.finish()
 
 
 def told(source: Source, out: Path, result: dict[str, Any], linears: int, checked: str,

@@ -72,11 +72,11 @@ def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
     specs = tuple(spec for part in parts for spec in part.specs)
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)])
-        for done, part in enumerate(parts):
+        for done, part in enumerate(parts if export.WRITTEN not in work.finished else ()):
             step(done, len(parts), part.specs[0].name)
             _write(part, writer)
         step(len(parts), len(parts), "naming and hashing the files")
-        writer.finish()
+        export.name_files(work, writer)
         try:
             (work.folder / genai.MODEL_FILE).write_bytes(job.graph.serialized(writer.place))
         except OSError as error:
