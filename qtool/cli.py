@@ -32,6 +32,7 @@ from qtool.options import (
     Dtype,
     ExportOut,
     Format,
+    GraphDtype,
     GroupSize,
     Json,
     KvCache,
@@ -202,16 +203,17 @@ def evaluate(
 
 @app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
 def export(path: Checkpoint, to: Target, out: ExportOut = None, accuracy_level: AccuracyLevel = None,
-           json: Json = False, quiet: Quiet = False) -> None:
+           dtype: GraphDtype = None, json: Json = False, quiet: Quiet = False) -> None:
     """Write a quantized checkpoint in another format, with the same codes and scales."""
-    if accuracy_level is not None and to != "onnx":
-        raise InputError(f"--accuracy-level is for --to onnx, not {to}; leave it out")
+    for name, given in {"--accuracy-level": accuracy_level, "--dtype": dtype}.items():
+        if given is not None and to != "onnx":
+            raise InputError(f"{name} is for --to onnx, not {to}; leave it out")
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
         from qtool import export_onnx
         from qtool.decode import open_model
 
-        job: Any = (export_onnx.make_export(open_model(path), out, accuracy_level) if to == export_onnx.NAME
+        job: Any = (export_onnx.make_export(open_model(path), out, accuracy_level, dtype) if to == export_onnx.NAME
                     else exporting.make_export(open_model(path), to, out))
     for text in job.lost:
         console.note(f"note: {text}", json or quiet)

@@ -130,15 +130,21 @@ def _schemes(source: Source, target: ModuleType) -> dict[str, Scheme]:
     reason = target.check_together(source.schemes)
     if reason:
         raise InputError(reason)
+    refuse_inexact(source, dtype, f"{target.NAME} for this model",
+                   f"quantize the original with --format {target.NAME}, or use --to hf")
+    return dict(source.schemes)
+
+
+def refuse_inexact(source: Source, dtype: torch.dtype, where: str, remedy: str) -> None:
+    """InputError when there are scales that `dtype`, in which `where` keeps scales, cannot hold exactly."""
     inexact = [(linear, value) for linear, value in _inexact(source, dtype) if value is not None]
     if inexact:
         linear, value = inexact[0]
         stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
         raise InputError(
             f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
-            f"{target.NAME} for this model, cannot hold exactly (first: {value:.9g} in {linear}), so the export would "
-            f"change the weights; quantize the original with --format {target.NAME}, or use --to hf")
-    return dict(source.schemes)
+            f"{where}, cannot hold exactly (first: {value:.9g} in {linear}), so the export would change the weights; "
+            f"{remedy}")
 
 
 def _inexact(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, float | None]]:

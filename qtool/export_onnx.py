@@ -19,7 +19,6 @@ from qtool.checkpoint.writer import Shard, ShardWriter
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.models import decoder as decoders
-from qtool.models.decoder import Decoder
 from qtool.onnx_graph import genai, weights
 from qtool.onnx_graph.builder import DATA_FILE, Graph, library
 from qtool.onnx_graph.decoder import draw
@@ -28,17 +27,17 @@ from qtool.workspace import Workspace, refuse_existing, storage_error
 
 NAME = "onnx"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What will be written. accuracy_level: of MatMulNBits; 4 lets it round its inputs to 8 bits, which is faster."""
+    """What will be written. settings: those of the graph."""
 
     source: Source
     out: Path
-    decoder: Decoder
     graph: Graph
-    accuracy_level: int
+    settings: dict[str, Any]
     extra_files: dict[str, Any]
     record: dict[str, Any] | None
 
@@ -47,33 +46,40 @@ class OnnxExport:
         return export.lost(self.source)
 
 
-def make_export(source: Source, out: Path | None = None, accuracy_level: int | None = None) -> OnnxExport:
-    """Raises InputError (or a class below it) when the graph cannot hold the model, before any work."""
+def make_export(source: Source, out: Path | None = None, accuracy_level: int | None = None,
+                dtype: str | None = None) -> OnnxExport:
+    """accuracy_level: of MatMulNBits; 4 lets it round its inputs to 8 bits, which is faster (0).  dtype: in which the
+    graph computes, float16 or float32 (float32).
+
+    Raises InputError (or a class below it) when the graph cannot hold the model, before any work.
+    """
     library()
-    level = 0 if accuracy_level is None else accuracy_level
+    level, computed = accuracy_level or 0, dtype or "float32"
     if level not in ACCURACY_LEVELS:
         raise InputError(f"--accuracy-level is 0 to 4, not {level}")
-    for linear, scheme in source.schemes.items():
-        reason = weights.refusal(scheme, linear, weights.shape_of(source, linear))
-        if reason:
-            raise InputError(reason)
+    if computed not in DTYPES:
+        raise InputError(f"--dtype of an ONNX graph is {' or '.join(DTYPES)}, not {computed}")
+    if source.schemes and computed != "float32":
+        export.refuse_inexact(source, DTYPES[computed], f"an ONNX graph in {computed}", "leave --dtype out")
     decoder = decoders.describe(source.directory, source.config, source.specs)
     where = out or Path(f"{source.name}-{NAME}")
     refuse_existing(where)
     files = {"config.json": dict(source.config), **genai.files(decoder, source.config, source.directory)}
-    return OnnxExport(source, where, decoder, draw(source, decoder, level), level, files, inspect.record_of(source))
+    graph = draw(source, decoder, level, DTYPES[computed])
+    return OnnxExport(source, where, graph, {"accuracy_level": level, "dtype": computed}, files,
+                      inspect.record_of(source))
 
 
 def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     source, parts = job.source, job.graph.parts
     identity = {"export": NAME, "qtool": qtool.__version__, "onnx": library().__version__,
-                "accuracy_level": job.accuracy_level, "source": {"name": source.name, "files": source.hashes()}}
+                **job.settings, "source": {"name": source.name, "files": source.hashes()}}
     specs = tuple(spec for part in parts for spec in part.specs)
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)])
         for done, part in enumerate(parts if export.WRITTEN not in work.finished else ()):
-            step(done, len(parts), part.specs[0].name)
+            step(done, len(parts), part.tensor or part.specs[0].name)
             _write(part, writer)
         step(len(parts), len(parts), "naming and hashing the files")
         export.name_files(work, writer)
@@ -101,10 +107,10 @@ def _write(part: Part, writer: ShardWriter) -> None:
 
 def _record(job: OnnxExport) -> dict[str, Any]:
     source = job.source
-    sizes = {linear: sum(spec.nbytes for spec in weights.quantized(source, linear, linear)[0].specs)
-             for linear in source.schemes}
-    weight_bytes = sum(spec.nbytes for part in job.graph.parts for spec in part.specs)
-    return export.record(source, job.record, NAME, sizes, weight_bytes, [])
+    sizes = Counter[str]()
+    for part in job.graph.parts:
+        sizes[part.tensor.removesuffix(".weight")] += sum(spec.nbytes for spec in part.specs)
+    return export.record(source, job.record, NAME, sizes, sizes.total(), [])
 
 
 def _checked(source: Source) -> str:

@@ -77,6 +77,8 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
 Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, onnx, or hf (dense weights).", metavar="FORMAT")]
+GraphDtype = Annotated[str | None, _option("onnx: in which the graph computes: float32, or float16 for GPUs (float32).",
+                                           "--dtype", metavar="NAME")]
 AccuracyLevel = Annotated[int | None, _option(
     "onnx: how MatMulNBits takes its inputs: 0 as they are, 1 float32, 2 float16, 3 bfloat16, 4 rounded to 8 bits, "
     "which is faster (0).", "--accuracy-level", metavar="N")]

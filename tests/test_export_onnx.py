@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from qtool import decode, export, export_onnx, manifest
 from qtool.checkpoint.writer import ShardWriter
@@ -34,7 +36,7 @@ CT = "compressed-tensors"
 MIXED = (Rule(match="*.layers.1.mlp.down_proj", bits=8, group_size=-1), Rule(match="lm_head", bits=8),
          Rule(match="*.o_proj", skip=True))
 CASES = [case("gptq", 4, 32), case(CT, 4, 16, False), case(CT, 8, -1, False), case(CT, 2, 32, False), case(CT, 3, 32),
-         case(CT, 3, 32, False), case(CT, 4, 32, True, *MIXED, name="mixed")]
+         case(CT, 3, 32, False), case("awq", 4, 32, False, name="awq"), case(CT, 4, 32, True, *MIXED, name="mixed")]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,8 @@ def exported(folder: Path) -> Callable[[str], Path]:
     return get
 
 
-def write(source: Path, out: Path, level: int | None = None) -> dict[str, Any]:
-    return export_onnx.run(export_onnx.make_export(decode.open_model(str(source)), out, level))
+def write(source: Path, out: Path, level: int | None = None, dtype: str | None = None) -> dict[str, Any]:
+    return export_onnx.run(export_onnx.make_export(decode.open_model(str(source)), out, level, dtype))
 
 
 def load(out: Path) -> onnx.ModelProto:
@@ -173,6 +175,26 @@ def test_inputs_outputs_and_places(exported: Callable[[str], Path]) -> None:
             kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             assert int(where["length"]) == math.prod(tensor.dims) * kind.itemsize
     assert end == (out / "model.onnx.data").stat().st_size
+
+
+def test_a_graph_in_float16(folder: Path, tmp_path: Path) -> None:
+    """The same weights; scales that float16 cannot hold are refused."""
+    source = decode.open_model(str(folder / "uint4-g16"))
+    write(folder / "uint4-g16", tmp_path / "out", dtype="float16")
+    model, data = load(tmp_path / "out"), initializers(tmp_path / "out")
+    node = next(node for node in model.graph.node if node.name == "/model/layers.1/mlp/up_proj/MatMulNBits")
+    assert data[node.input[2]].dtype == np.float16
+    assert np.array_equal(node_weights(node, data), dense(source, "model.layers.1.mlp.up_proj").numpy())
+    kinds = {one.type.tensor_type.elem_type for one in (*model.graph.output, *model.graph.input)}
+    assert kinds == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+    with pytest.raises(InputError, match="--dtype of an ONNX graph is float32 or float16, not bfloat16"):
+        write(folder / "uint4-g16", tmp_path / "other", dtype="bfloat16")
+    shutil.copytree(folder / "uint4-g16", tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] *= 2.0**-30
+    save_file(tensors, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="1 of 14 linears have bfloat16 scales that float16.*leave --dtype out"):
+        write(tmp_path / "small", tmp_path / "other", dtype="float16")
 
 
 def test_the_files_of_genai(folder: Path, exported: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The nodes of a decoder, named and wired as onnxruntime-genai's own builder does it.
 
 Source: onnxruntime-genai, src/python/py/models (names, inputs, outputs); onnxruntime, docs/ContribOperators.md.
-Everything is computed in float32. Weights that are not quantized stay in their dtype and are cast, which onnxruntime
-does once, when it loads them.
+Everything is computed in one dtype. Weights that are not quantized stay in theirs and are cast, which onnxruntime does
+once, when it loads them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from qtool.tensors import TensorSpec
 BATCH, LENGTH, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
 PAST_NAMES = {"key": "past_key_values.%d.key", "value": "past_key_values.%d.value"}
 PRESENT_NAMES = {"key": "present.%d.key", "value": "present.%d.value"}
-FLOAT = torch.float32
 
 
 @dataclass
@@ -33,6 +32,7 @@ class Drawing:
     source: Source
     decoder: Decoder
     accuracy_level: int
+    dtype: torch.dtype
     used: set[str] = field(default_factory=set)
 
     def stored(self, parameter: str) -> str:
@@ -41,17 +41,20 @@ class Drawing:
         return self.decoder.skeleton.source(parameter)
 
 
-def draw(source: Source, decoder: Decoder, accuracy_level: int) -> Graph:
-    """The graph of a decoder. Raises ModelError when the model has a parameter that the graph would not use."""
+def draw(source: Source, decoder: Decoder, accuracy_level: int = 0, dtype: torch.dtype = torch.float32) -> Graph:
+    """The graph of a decoder that computes in dtype.
+
+    Raises InputError for a linear that MatMulNBits cannot hold, ModelError for a parameter that the graph does not use.
+    """
     graph = Graph()
-    here = Drawing(graph, source, decoder, accuracy_level)
+    here = Drawing(graph, source, decoder, accuracy_level, dtype)
     graph.input("input_ids", torch.int64, [BATCH, LENGTH])
     graph.input("attention_mask", torch.int64, [BATCH, TOTAL])
-    graph.output("logits", FLOAT, [BATCH, LENGTH, decoder.vocabulary])
+    graph.output("logits", dtype, [BATCH, LENGTH, decoder.vocabulary])
     for index in range(decoder.layers):
         for kind in ("key", "value"):
-            graph.input(PAST_NAMES[kind] % index, FLOAT, [BATCH, decoder.key_heads, PAST, decoder.head_size])
-            graph.output(PRESENT_NAMES[kind] % index, FLOAT, [BATCH, decoder.key_heads, TOTAL, decoder.head_size])
+            graph.input(PAST_NAMES[kind] % index, dtype, [BATCH, decoder.key_heads, PAST, decoder.head_size])
+            graph.output(PRESENT_NAMES[kind] % index, dtype, [BATCH, decoder.key_heads, TOTAL, decoder.head_size])
     lengths = _lengths(graph)
     caches = {kind: _caches(here, kind) for kind in dict.fromkeys(decoder.rope_kinds)}
     stream, addend = _embedding(here), ""
@@ -80,19 +83,19 @@ def _caches(here: Drawing, kind: str) -> list[str]:
     decoder = here.decoder
     ending = f"_{kind.removesuffix('_attention')}" if kind else ""
     shape = (decoder.positions, decoder.head_size // 2)
-    specs = tuple(TensorSpec(name + ending, FLOAT, shape) for name in ("cos_cache", "sin_cache"))
-    return here.graph.part(Part(specs, lambda: rotary_caches(decoder, kind)))
+    specs = tuple(TensorSpec(name + ending, here.dtype, shape) for name in ("cos_cache", "sin_cache"))
+    return here.graph.part(Part("", specs, lambda: tuple(one.to(here.dtype) for one in rotary_caches(decoder, kind))))
 
 
 def _embedding(here: Drawing) -> str:
     graph, tensor = here.graph, here.stored("model.embed_tokens.weight")
     table = graph.part(weights.plain(here.source, tensor, "model.embed_tokens.weight"))[0]
-    rows = _float(here, graph.node("Gather", "/model/embed_tokens/Gather", [table, "input_ids"]), tensor,
+    rows = _computed(here, graph.node("Gather", "/model/embed_tokens/Gather", [table, "input_ids"]), tensor,
                   "/model/embed_tokens/Cast")
     scale = here.decoder.embedding_scale
     if scale is None:
         return rows
-    return graph.node("Mul", "/model/embed_tokens/Mul", [rows, graph.constant(scale, FLOAT)])
+    return graph.node("Mul", "/model/embed_tokens/Mul", [rows, graph.constant(scale, here.dtype)])
 
 
 def _block(here: Drawing, index: int, stream: str, addend: str, facts: list[str]) -> tuple[str, str]:
@@ -115,7 +118,7 @@ def _norm(here: Drawing, parameter: str, name: str, value: str, addend: str = ""
     """(norm of value + addend, value + addend)"""
     graph, epsilon = here.graph, here.decoder.epsilon
     weight = graph.part(weights.vector(here.source, here.stored(parameter), f"{_initializer(name)}.weight",
-                                       here.decoder.norm_offset))[0]
+                                       here.dtype, here.decoder.norm_offset))[0]
     if not addend:
         return graph.node("SimplifiedLayerNormalization", f"{name}/LayerNorm", [value, weight], axis=-1,
                           epsilon=epsilon, stash_type=1), value
@@ -150,7 +153,7 @@ def _head_norm(here: Drawing, parameter: str, name: str, value: str) -> str:
     """A norm over each head of [batch, length, heads x head_size]."""
     graph, size = here.graph, here.decoder.head_size
     weight = graph.part(weights.vector(here.source, here.stored(parameter), f"{_initializer(name)}.layernorm.weight",
-                                       here.decoder.norm_offset))[0]
+                                       here.dtype, here.decoder.norm_offset))[0]
     heads = graph.node("Reshape", f"{name}/Reshape_1", [value, graph.constant([0, 0, -1, size], torch.int64)])
     made = graph.node("SimplifiedLayerNormalization", f"{name}/SimplifiedLayerNormalization", [heads, weight], axis=-1,
                       epsilon=here.decoder.epsilon, stash_type=1)
@@ -177,15 +180,15 @@ def _linear(here: Drawing, module: str, name: str, value: str) -> str:
     linear = tensor.removesuffix(".weight")
     if linear in source.schemes:
         rows, columns = weights.shape_of(source, linear)
-        part, form = weights.quantized(source, linear, f"{_initializer(name)}.MatMulNBits")
+        part, form = weights.quantized(source, linear, f"{_initializer(name)}.MatMulNBits", here.dtype)
         made = graph.node("MatMulNBits", f"{name}/MatMulNBits", [value, *graph.part(part)], domain=MICROSOFT, N=rows,
                           K=columns, bits=form.bits, block_size=form.size, accuracy_level=here.accuracy_level)
     else:
         weight = graph.part(weights.plain(source, tensor, f"{_initializer(name)}.MatMul.weight", transposed=True))[0]
-        made = graph.node("MatMul", f"{name}/MatMul", [value, _float(here, weight, tensor, f"{name}/MatMul/Cast")])
+        made = graph.node("MatMul", f"{name}/MatMul", [value, _computed(here, weight, tensor, f"{name}/MatMul/Cast")])
     if not here.decoder.has(f"{module}.bias"):
         return made
-    bias = weights.vector(source, here.stored(f"{module}.bias"), f"{_initializer(name)}.Add.bias")
+    bias = weights.vector(source, here.stored(f"{module}.bias"), f"{_initializer(name)}.Add.bias", here.dtype)
     return graph.node("Add", f"{name}/Add", [made, *graph.part(bias)])
 
 
@@ -193,23 +196,24 @@ def _head(here: Drawing, value: str) -> None:
     """A tied head multiplies by the transposed embedding, which is stored once."""
     graph, tied = here.graph, here.decoder.skeleton.tied
     if "lm_head.weight" in tied:
-        table = _float(here, "model.embed_tokens.weight", here.stored("model.embed_tokens.weight"), "/lm_head/Cast")
+        tensor = here.stored("model.embed_tokens.weight")
+        table = _computed(here, "model.embed_tokens.weight", tensor, "/lm_head/Cast")
         made = graph.node("FusedMatMul", "/lm_head/MatMul", [value, table], domain=MICROSOFT, transB=1)
     else:
         made = _linear(here, "lm_head", "/lm_head", value)
     cap = here.decoder.logit_cap
     if cap is not None:
-        size = graph.constant(cap, FLOAT)
+        size = graph.constant(cap, here.dtype)
         ratio = graph.node("Div", "/lm_head/softcap/Div", [made, size])
         made = graph.node("Mul", "/lm_head/softcap/Mul", [graph.node("Tanh", "/lm_head/softcap/Tanh", [ratio]), size])
     graph.nodes[-1].output[0] = "logits"  # whichever node was the last
 
 
-def _float(here: Drawing, value: str, tensor: str, name: str) -> str:
-    """A value that has the dtype of a tensor of the source, as float32."""
-    if weights.kept_dtype(here.source, tensor) == FLOAT:
+def _computed(here: Drawing, value: str, tensor: str, name: str) -> str:
+    """A value that has the dtype of a tensor of the source, in that of the graph."""
+    if weights.kept_dtype(here.source, tensor) == here.dtype:
         return value
-    return here.graph.cast(value, FLOAT, name)
+    return here.graph.cast(value, here.dtype, name)
 
 
 def _initializer(name: str) -> str:

@@ -2,7 +2,7 @@
 
 MatMulNBits (com.microsoft, onnxruntime docs/ContribOperators.md) computes A x dequant(B)ᵀ with
     B            uint8 [N, K / block, block bits / 8]   codes of a block as one little-endian bit stream
-    scales       float32 [N, K / block]
+    scales       in the dtype of A [N, K / block]
     zero_points  uint8 [N, ceil(K / block bits / 8)]    packed like the codes; without them 2^(bits - 1)
 A group that is longer than a block is several blocks with the same scale; codes of 3 bits take 4, of 5 to 7 take 8.
 So what a graph stands for is equal to the checkpoint's weights bit for bit.
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from qtool import found
 from qtool.decode import Source
+from qtool.errors import InputError
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor, TensorSpec, group_count
 
@@ -30,9 +31,13 @@ CHECKED_ROWS = 4096
 
 @dataclass(frozen=True)
 class Part:
-    """Initializers that are written together. load: the tensors of specs; check: whether what was read back from the
-    file stands for what the source holds (all parts are also compared byte by byte)."""
+    """Initializers that are written together, made of one tensor of the source.
 
+    load: the tensors of specs.  check: whether what was read back from the file stands for what the source holds (all
+    parts are also compared byte by byte).
+    """
+
+    tensor: str
     specs: tuple[TensorSpec, ...]
     load: Callable[[], tuple[torch.Tensor, ...]]
     check: Callable[[Sequence[torch.Tensor]], bool] = lambda tensors: True
@@ -40,16 +45,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How MatMulNBits holds a linear. size: columns of a block."""
+    """How MatMulNBits holds a linear. size: columns of a block.  dtype: of the scales."""
 
     bits: int
     size: int
     zero_points: bool
+    dtype: torch.dtype = torch.float32
 
     def specs(self, name: str, shape: tuple[int, int]) -> tuple[TensorSpec, ...]:
         rows, count = shape[0], shape[1] // self.size
         specs = [TensorSpec(f"{name}.qweight", torch.uint8, (rows, count, self.size * self.bits // 8)),
-                 TensorSpec(f"{name}.scales", torch.float32, (rows, count))]
+                 TensorSpec(f"{name}.scales", self.dtype, (rows, count))]
         if self.zero_points:
             specs.append(TensorSpec(f"{name}.qzeros", torch.uint8, (rows, -(-count * self.bits // 8))))
         return tuple(specs)
@@ -71,17 +77,20 @@ def refusal(scheme: Scheme, linear: str, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def blocks(scheme: Scheme, shape: tuple[int, int]) -> Blocks:
+def blocks(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Blocks:
     """The blocks of a linear [N, K] that `refusal` lets pass; the largest that fit its groups."""
     size = _block_size(_columns(scheme, shape))
     assert size is not None
-    return Blocks(STORED_BITS[scheme.bits], size, not scheme.symmetric)
+    return Blocks(STORED_BITS[scheme.bits], size, not scheme.symmetric, dtype)
 
 
-def quantized(source: Source, linear: str, name: str) -> tuple[Part, Blocks]:
-    """The initializers NAME.qweight, .scales and perhaps .qzeros of a quantized linear."""
+def quantized(source: Source, linear: str, name: str, dtype: torch.dtype) -> tuple[Part, Blocks]:
+    """The initializers NAME.qweight, .scales and perhaps .qzeros of a quantized linear. Raises InputError."""
     shape = shape_of(source, linear)
-    form = blocks(source.schemes[linear], shape)
+    reason = refusal(source.schemes[linear], linear, shape)
+    if reason:
+        raise InputError(reason)
+    form = blocks(source.schemes[linear], shape, dtype)
 
     def check(tensors: Sequence[torch.Tensor]) -> bool:
         meant = source.read_quantized(linear)
@@ -91,7 +100,10 @@ def quantized(source: Source, linear: str, name: str) -> tuple[Part, Blocks]:
                                decode(meant.rows(start, start + CHECKED_ROWS)))
                    for start in range(0, shape[0], CHECKED_ROWS))
 
-    return Part(form.specs(name, shape), lambda: pack(source.read_quantized(linear), form), check), form
+    def load() -> tuple[torch.Tensor, ...]:
+        return pack(source.read_quantized(linear), form)
+
+    return Part(f"{linear}.weight", form.specs(name, shape), load, check), form
 
 
 def shape_of(source: Source, linear: str) -> tuple[int, int]:
@@ -104,7 +116,7 @@ def pack(tensor: QuantizedTensor, form: Blocks) -> tuple[torch.Tensor, ...]:
     """The tensors of Blocks.specs. ValueError for symmetric blocks of codes whose zero point is not the middle."""
     rows, columns = tensor.codes.shape
     repeats = columns // group_count(columns, tensor.group_size) // form.size
-    scale = tensor.scale.float().repeat_interleave(repeats, 1)
+    scale = tensor.scale.to(form.dtype).repeat_interleave(repeats, 1)
     zero = tensor.zero_point.repeat_interleave(repeats, 1)
     codes, middle = tensor.codes, 1 << (form.bits - 1)
     if not form.zero_points:
@@ -152,13 +164,13 @@ def plain(source: Source, tensor: str, name: str, transposed: bool = False) -> P
         dense = read_dense(source, tensor).to(dtype)
         return ((dense.T if transposed else dense).contiguous(),)
 
-    return Part((TensorSpec(name, dtype, order),), load)
+    return Part(tensor, (TensorSpec(name, dtype, order),), load)
 
 
-def vector(source: Source, tensor: str, name: str, offset: float = 0.0) -> Part:
-    """A bias, or the weight of a norm, plus offset, in float32."""
-    spec = TensorSpec(name, torch.float32, source.specs[tensor].shape)
-    return Part((spec,), lambda: ((source.read(tensor).float() + offset).contiguous(),))
+def vector(source: Source, tensor: str, name: str, dtype: torch.dtype, offset: float = 0.0) -> Part:
+    """A bias, or the weight of a norm, plus offset."""
+    spec = TensorSpec(name, dtype, source.specs[tensor].shape)
+    return Part(tensor, (spec,), lambda: ((source.read(tensor).float() + offset).to(dtype).contiguous(),))
 
 
 def kept_dtype(source: Source, tensor: str) -> torch.dtype:

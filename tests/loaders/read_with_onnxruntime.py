@@ -45,12 +45,12 @@ def forward(session: onnxruntime.InferenceSession, ids: list[int], past: dict, b
     given = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, before + len(ids)), np.int64)}
     for one in session.get_inputs():
         if one.name.startswith("past_key_values."):
-            empty = np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+            empty = np.zeros((1, one.shape[1], 0, one.shape[3]), np.float16 if "16" in one.type else np.float32)
             given[one.name] = past.get(one.name, empty)
     names = [one.name for one in session.get_outputs()]
     answers = dict(zip(names, session.run(names, given), strict=True))
     kept = {name.replace("present.", "past_key_values."): one for name, one in answers.items() if name != "logits"}
-    return answers["logits"][0], kept
+    return answers["logits"][0].astype(np.float32), kept
 
 
 def generate(job: dict) -> dict[str, np.ndarray]:
