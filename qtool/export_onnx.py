@@ -122,5 +122,9 @@ def _checked(source: Source) -> str:
 def _notes(source: Source) -> list[str]:
     widened = Counter((scheme.bits, weights.STORED_BITS[scheme.bits]) for scheme in source.schemes.values()
                       if weights.STORED_BITS[scheme.bits] != scheme.bits)
-    return [f"{count} linears of {bits} bits take {stored} bits per weight here: MatMulNBits has 2, 4 and 8"
-            for (bits, stored), count in sorted(widened.items())]
+    notes = [f"{count} linears of {bits} bits take {stored} bits per weight here: MatMulNBits has 2, 4 and 8"
+             for (bits, stored), count in sorted(widened.items())]
+    if not (source.directory / "tokenizer.json").is_file():
+        notes.append("there is no tokenizer.json, the only tokenizer file that onnxruntime-genai reads; transformers "
+                     "makes one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(OUT)")
+    return notes

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from qtool import decode, export, export_onnx, manifest
 from qtool.checkpoint.writer import ShardWriter
 from qtool.cli import main
-from qtool.errors import InputError, ModelError, OutputError, VerificationError
+from qtool.errors import CheckpointError, InputError, ModelError, OutputError, VerificationError
 from qtool.grids import affine
 from qtool.inspect import dense
 from qtool.onnx_graph import weights
@@ -243,6 +243,18 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert run("export", three, "--to", "onnx", "--accuracy-level", "9", "--out", tmp_path / "x") == 2
     assert "--accuracy-level is 0 to 4, not 9" in capsys.readouterr().err
     assert not list(tmp_path.glob("x*"))
+
+
+def test_without_a_tokenizer_and_with_zero_points_that_are_denied(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folder / "int4-g32", source)
+    (source / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in write(source, tmp_path / "out")["notes"][0]
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.qzeros"][0, 0] ^= 1
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="up_proj: .* calls it symmetric, but its zero points.*--to hf"):
+        write(source, tmp_path / "other")
 
 
 class Killed(BaseException):

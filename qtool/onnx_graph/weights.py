@@ -19,13 +19,13 @@ from torch.nn import functional
 
 from qtool import found
 from qtool.decode import Source
-from qtool.errors import InputError
+from qtool.errors import CheckpointError, InputError
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor, TensorSpec, group_count
 
 BLOCK_SIZES = (128, 64, 32, 16)
 STORED_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
-REMEDY = "or write dense weights first (qtool export --to hf) and export those"
+DENSE_FIRST = "write dense weights first (qtool export --to hf) and export those"
 CHECKED_ROWS = 4096
 
 
@@ -65,15 +65,15 @@ def refusal(scheme: Scheme, linear: str, shape: tuple[int, int]) -> str | None:
     """Why MatMulNBits cannot hold a linear [N, K], and what to do; None when it can."""
     if scheme.grid != "affine":
         return (f"MatMulNBits of ONNX holds integers, not the {scheme.grid} grid of {linear}; quantize the original "
-                f"to integers (qtool quantize MODEL --method gptq), {REMEDY}")
+                f"to integers (qtool quantize MODEL --method gptq), or {DENSE_FIRST}")
     if scheme.activations:
         return (f"MatMulNBits of ONNX holds weights only, but {linear} has activations: {scheme.activations}; quantize "
-                f"the original without that, {REMEDY}")
+                f"the original without that, or {DENSE_FIRST}")
     columns = _columns(scheme, shape)
     if shape[1] % columns or _block_size(columns) is None:
         sizes, what = ", ".join(map(str, sorted(BLOCK_SIZES))), "rows" if scheme.group_size == -1 else "groups"
         return (f"MatMulNBits of ONNX has blocks of {sizes} columns, which do not fit the {what} of {columns} columns "
-                f"of {linear}; quantize the original with --group-size 32, {REMEDY}")
+                f"of {linear}; quantize the original with --group-size 32, or {DENSE_FIRST}")
     return None
 
 
@@ -101,7 +101,11 @@ def quantized(source: Source, linear: str, name: str, dtype: torch.dtype) -> tup
                    for start in range(0, shape[0], CHECKED_ROWS))
 
     def load() -> tuple[torch.Tensor, ...]:
-        return pack(source.read_quantized(linear), form)
+        tensor = source.read_quantized(linear)
+        if not (form.zero_points or tensor.symmetric):
+            raise CheckpointError(f"{linear}: {source.origin} calls it symmetric, but its zero points are not in the "
+                                  f"middle; {DENSE_FIRST}")
+        return pack(tensor, form)
 
     return Part(f"{linear}.weight", form.specs(name, shape), load, check), form
 
@@ -113,15 +117,13 @@ def shape_of(source: Source, linear: str) -> tuple[int, int]:
 
 
 def pack(tensor: QuantizedTensor, form: Blocks) -> tuple[torch.Tensor, ...]:
-    """The tensors of Blocks.specs. ValueError for symmetric blocks of codes whose zero point is not the middle."""
+    """The tensors of Blocks.specs. Blocks without zero points are for symmetric tensors."""
     rows, columns = tensor.codes.shape
     repeats = columns // group_count(columns, tensor.group_size) // form.size
     scale = tensor.scale.to(form.dtype).repeat_interleave(repeats, 1)
     zero = tensor.zero_point.repeat_interleave(repeats, 1)
     codes, middle = tensor.codes, 1 << (form.bits - 1)
     if not form.zero_points:
-        if not bool((tensor.zero_point == 1 << (tensor.bits - 1)).all()):
-            raise ValueError("called symmetric, but a zero point is not in the middle")
         codes = codes + (middle - (1 << (tensor.bits - 1)))
     packed = pack_rows(codes, form.bits).view(rows, columns // form.size, -1)
     return (packed, scale, pack_rows(zero, form.bits)) if form.zero_points else (packed, scale)
