@@ -31,7 +31,12 @@ FAMILIES = [case(CT, 4, 32, False, name=family, family=family)
             for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3")]
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-DENSE = {"dense": {}, "llama3": {"rope_parameters": LLAMA3_ROPE}, "biased": {"attention_bias": True, "mlp_bias": True}}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+DENSE: dict[str, dict[str, Any]] = {
+    "dense": {}, "llama3": {"rope_parameters": LLAMA3_ROPE}, "yarn": {"rope_parameters": YARN},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "biased": {"attention_bias": True, "mlp_bias": True}, "gemma": {"model_type": "gemma", "tie_word_embeddings": True},
+}
 # name: (accuracy level, dtype, largest difference of a logit)
 SETTINGS = {"level-1": (1, None, EXACT), "level-4": (4, None, EIGHT_BITS), "half": (0, "float16", HALF)}
 
