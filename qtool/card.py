@@ -58,7 +58,8 @@ def _front_matter(manifest: Mapping[str, Any], base: str | None) -> str:
     if base:
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
     tags = ["qtool", *(["quantized", manifest["format"]] if manifest["layers"] else [])]
-    return "\n".join([*lines, "library_name: transformers", "tags:", *(f"- {json.dumps(tag)}" for tag in tags),
+    library = "onnxruntime-genai" if manifest["format"] == "onnx" else "transformers"
+    return "\n".join([*lines, f"library_name: {library}", "tags:", *(f"- {json.dumps(tag)}" for tag in tags),
                       "---", ""])
 
 

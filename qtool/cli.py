@@ -18,6 +18,7 @@ import qtool
 from qtool import console
 from qtool.errors import InputError, QtoolError, RecipeError, VerificationError
 from qtool.options import (
+    AccuracyLevel,
     Asymmetric,
     Bits,
     Budget,
@@ -32,6 +33,7 @@ from qtool.options import (
     ExportOut,
     Format,
     GgufType,
+    GraphDtype,
     GroupSize,
     Imatrix,
     Json,
@@ -203,22 +205,27 @@ def evaluate(
 
 @app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
 def export(path: Checkpoint, to: Target, out: ExportOut = None, type: GgufType = None, imatrix: Imatrix = None,
-           json: Json = False, quiet: Quiet = False) -> None:
-    """Write a quantized checkpoint in another format, with the same codes and scales; or any as a GGUF file."""
-    if to != "gguf" and (type is not None or imatrix is not None):
-        raise InputError("--type and --imatrix go with --to gguf; leave them out, or give --to gguf")
+           accuracy_level: AccuracyLevel = None, dtype: GraphDtype = None, json: Json = False,
+           quiet: Quiet = False) -> None:
+    """Write a quantized checkpoint in another format, with the same codes and scales; or any as GGUF or ONNX."""
+    for name, given, target in (("--type", type, "gguf"), ("--imatrix", imatrix, "gguf"),
+                                ("--accuracy-level", accuracy_level, "onnx"), ("--dtype", dtype, "onnx")):
+        if given is not None and to != target:
+            raise InputError(f"{name} is for --to {target}, not {to}; leave it out")
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
-        from qtool import export_gguf
+        from qtool import export_gguf, export_onnx
         from qtool.decode import open_model
 
         source = open_model(path)
-        job: Any = (export_gguf.make_export(source, type, out, imatrix) if to == "gguf"
-                    else exporting.make_export(source, to, out))
+        module: Any = {"gguf": export_gguf, "onnx": export_onnx}.get(to, exporting)
+        job = (export_gguf.make_export(source, type, out, imatrix) if to == "gguf"
+               else export_onnx.make_export(source, out, accuracy_level, dtype) if to == "onnx"
+               else exporting.make_export(source, to, out))
     for text in job.lost:
         console.note(f"note: {text}", json or quiet)
     with console.steps("exporting", json or quiet) as step:
-        result = (export_gguf if to == "gguf" else exporting).run(job, step)
+        result = module.run(job, step)
     _show(result, "exported", json, quiet)
 
 

@@ -7,7 +7,7 @@ source bit for bit; a pair of formats that cannot hold the same numbers is refus
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from qtool.workspace import Workspace, refuse_existing, storage_error
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
+WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ class Export:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """What of the source the output will not have."""
-        if not self.source.cache_scales():
-            return ()
-        return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
-                "quantize the original again",)
+        return lost(self.source)
+
+
+def lost(source: Source) -> tuple[str, ...]:
+    """What of the source no export has."""
+    if not source.cache_scales():
+        return ()
+    return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
+            "quantize the original again",)
 
 
 def make_export(source: Source, to: str, out: Path | None = None) -> Export:
@@ -73,7 +78,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES))
         names = list(job.source.specs)
-        for done, name in enumerate(names):
+        for done, name in enumerate(names if WRITTEN not in work.finished else ()):
             step(done, len(names), name)
             linear = name.removesuffix(".weight")
             if linear != name and linear in job.schemes:
@@ -81,13 +86,27 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
             else:
                 _copy(job, writer, name)
         step(len(names), len(names), "naming and hashing the files")
-        writer.finish()
+        name_files(work, writer)
         result = _finish(job, work)
+    return told(job.source, job.out, result, len(job.schemes or job.source.schemes), _checked(job), _notes(job))
+
+
+def name_files(work: Workspace, writer: ShardWriter) -> None:
+    """All tensors are written: record that, and give their files their names. A killed run may do it again."""
+    writer.sync()
+    if WRITTEN not in work.finished:
+        work.record(WRITTEN, {})
+    writer.finish()
+
+
+def told(source: Source, out: Path, result: dict[str, Any], linears: int, checked: str,
+         notes: list[str]) -> dict[str, Any]:
+    """What `qtool export --json` prints, of a finished output with the manifest `result`."""
     return {
-        "schema": inspect.SCHEMA, "out": str(job.out), "from": inspect.stored_name(job.source),
-        "format": job.target.NAME, "linears": len(job.schemes or job.source.schemes), "lossless": not job.dense,
-        "checked": _checked(job), "source_bytes": inspect.stored_bytes(job.source),
-        "weight_bytes": result["totals"]["weight_bytes"], "notes": _notes(job), "outputs": result["outputs"],
+        "schema": inspect.SCHEMA, "out": str(out), "from": inspect.stored_name(source), "format": result["format"],
+        "linears": linears, "lossless": checked.startswith("lossless"), "checked": checked,
+        "source_bytes": inspect.stored_bytes(source), "weight_bytes": result["totals"]["weight_bytes"], "notes": notes,
+        "outputs": result["outputs"],
     }
 
 
@@ -111,15 +130,21 @@ def _schemes(source: Source, target: ModuleType) -> dict[str, Scheme]:
     reason = target.check_together(source.schemes)
     if reason:
         raise InputError(reason)
+    refuse_inexact(source, dtype, f"{target.NAME} for this model",
+                   f"quantize the original with --format {target.NAME}, or use --to hf")
+    return dict(source.schemes)
+
+
+def refuse_inexact(source: Source, dtype: torch.dtype, where: str, remedy: str) -> None:
+    """InputError when there are scales that `dtype`, in which `where` keeps scales, cannot hold exactly."""
     inexact = [(linear, value) for linear, value in _inexact(source, dtype) if value is not None]
     if inexact:
         linear, value = inexact[0]
         stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
         raise InputError(
             f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
-            f"{target.NAME} for this model, cannot hold exactly (first: {value:.9g} in {linear}), so the export would "
-            f"change the weights; quantize the original with --format {target.NAME}, or use --to hf")
-    return dict(source.schemes)
+            f"{where}, cannot hold exactly (first: {value:.9g} in {linear}), so the export would change the weights; "
+            f"{remedy}")
 
 
 def _inexact(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, float | None]]:
@@ -184,23 +209,36 @@ def _copy(job: Export, writer: ShardWriter, name: str) -> None:
 
 
 def _finish(job: Export, work: Workspace) -> dict[str, Any]:
-    """Companions, config, card and manifest; then the directory gets its name."""
     config = dict(job.source.config)
     extra: dict[str, Any] = {}
     if not job.dense:
         steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
         config["quantization_config"] = job.target.config(job.schemes, list(job.skipped), steps)
         extra = job.target.extra_files(config["quantization_config"])
+    sizes = {linear: sum(spec.nbytes for spec in job.target.layout(linear, job.source.specs[linear + ".weight"].shape,
+                                                                   scheme, job.source.dtype))
+             for linear, scheme in job.source.schemes.items()}
+    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
+    made = record(job.source, job.record, job.target.NAME, sizes, sum(spec.nbytes for spec in job.outputs), kept)
+    return finish(work, job.source, {"config.json": config, **extra}, made, job.target.LOADERS)
+
+
+def finish(work: Workspace, source: Source, files: Mapping[str, Any], record: Mapping[str, Any],
+           loaders: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The companions of the source, JSON files, card and manifest; then the directory gets its name.
+
+    Returns the manifest: `record` with the hashes of the files.
+    """
     try:
-        for path in job.source.companions():
+        for path in source.companions():
             shutil.copyfile(path, work.folder / path.name)
-        for name, content in {"config.json": config, **extra}.items():
+        for name, content in files.items():
             manifest.write_json(work.folder / name, content)
         scratch = ("journal.jsonl", "lock")
         hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
                   if path.name not in scratch}
-        result = {**_record(job), "outputs": hashes}
-        (work.folder / "README.md").write_text(card.text(result, job.target.LOADERS), encoding="utf-8")
+        result = {**record, "outputs": hashes}
+        (work.folder / "README.md").write_text(card.text(result, loaders), encoding="utf-8")
         hashes["README.md"] = manifest.file_hash(work.folder / "README.md")
         manifest.save(work.folder, result)
         work.complete()
@@ -209,28 +247,29 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
     return result
 
 
-def _record(job: Export) -> dict[str, Any]:
-    """The source's manifest with the sizes of the new files; of a foreign checkpoint, what its files tell."""
-    source, before = job.source, job.record
+def record(source: Source, before: dict[str, Any] | None, target: str, sizes: Mapping[str, int], weight_bytes: int,
+           kept: list[dict[str, str]]) -> dict[str, Any]:
+    """The manifest of an export without the hashes of its files: the source's (`before`) with the sizes of the new
+    ones; of a foreign checkpoint, what its files tell.
+
+    sizes: bytes of every quantized linear.  weight_bytes: of all tensors.  kept: the linears that are not quantized.
+    """
     layers = []
     known = {layer["stored"]: layer for layer in (before or {}).get("layers", [])}
     for linear in [name for name in known if name in source.schemes] or list(source.schemes):
-        scheme, shape = source.schemes[linear], source.specs[linear + ".weight"].shape
-        specs = job.target.layout(linear, shape, scheme, source.dtype)
-        told = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
-                                  "sqnr_db": None, "tokens": 0})
-        layers.append({**told, "shape": list(shape), "scheme": scheme.model_dump(),
-                       "bytes": sum(spec.nbytes for spec in specs)})
+        figures = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
+                                     "sqnr_db": None, "tokens": 0})
+        layers.append({**figures, "shape": list(source.specs[linear + ".weight"].shape),
+                       "scheme": source.schemes[linear].model_dump(), "bytes": sizes[linear]})
     parameters = sum(spec.elements for spec in source.specs.values())
     made = before or {"schema": manifest.SCHEMA, "qtool": qtool.__version__, "recipe": None, "calibration": None,
                       "versions": {}, "source": {"name": source.name, "origin": source.origin,
                                                  "files": source.hashes()}}
-    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
-    sizes = manifest.totals(layers, parameters, sum(spec.nbytes for spec in job.outputs),
-                            (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
+    totals = manifest.totals(layers, parameters, weight_bytes,
+                             (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
     return {**made, "exported_from": {"format": inspect.stored_name(source), "qtool": qtool.__version__,
                                       "files": source.hashes()},
-            "format": job.target.NAME, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": sizes}
+            "format": target, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": totals}
 
 
 def _checked(job: Export) -> str:

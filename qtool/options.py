@@ -76,8 +76,14 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, gguf, or hf (dense weights).", metavar="FORMAT")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, gguf, onnx, or hf (dense weights).",
+                                metavar="FORMAT")]
 GgufType = Annotated[str | None, _option("With --to gguf: f16, bf16, f32, a mixture of block types such as q4_k_m, or "
                                          "as the source is (auto).", "--type", metavar="TYPE")]
 Imatrix = Annotated[Path | None, _option("llama.cpp's importance matrix, for a --type of block types.", "--imatrix",
                                          metavar="FILE")]
+GraphDtype = Annotated[str | None, _option("onnx: in which the graph computes: float32, or float16 for GPUs (float32).",
+                                           "--dtype", metavar="NAME")]
+AccuracyLevel = Annotated[int | None, _option(
+    "onnx: how MatMulNBits takes its inputs: 0 as they are, 1 float32, 2 float16, 3 bfloat16, 4 rounded to 8 bits, "
+    "which is faster (0).", "--accuracy-level", metavar="N")]

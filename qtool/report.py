@@ -303,4 +303,4 @@ def exported(data: Mapping[str, Any]) -> RenderableType:
     ]
     rows += [("note", Text(text, style="yellow")) for text in data["notes"]]
     what = f"{data['linears']} linears from " if data["linears"] else ""
-    return facts(f"Exported {what}{data['from']} to {data['format']}", rows)
+    return facts(f"Exported {what}{data['from'] or 'plain weights'} to {data['format']}", rows)

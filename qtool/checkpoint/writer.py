@@ -19,14 +19,17 @@ from qtool.tensors import NAMES_OF_DTYPES, TensorSpec
 INDEX = "model.safetensors.index.json"
 PYTORCH = {"format": "pt"}  # loaders ask for this key
 SMALLER = "use a smaller --set shard_gb"
+BARE_ALIGNMENT, PAGE, LARGE = 64, 4096, 1 << 20
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file and its tensors, in the order of their data."""
+    """A file and its tensors, in the order of their data. bare: without a header, each tensor at an address that is a
+    multiple of BARE_ALIGNMENT, a large one at the start of a page (ONNX's external data)."""
 
     file_name: str
     specs: tuple[TensorSpec, ...]
+    bare: bool = False
 
 
 def plan_shards(specs: Iterable[TensorSpec], limit_bytes: int) -> list[Shard]:
@@ -81,9 +84,8 @@ class ShardWriter:
         self._files: dict[str, PartFile] = {}
         try:
             for shard in self.shards:
-                header = header_bytes(shard.specs, metadata)
-                self._place(shard, len(header))
-                size = len(header) + sum(spec.nbytes for spec in shard.specs)
+                header = b"" if shard.bare else header_bytes(shard.specs, metadata)
+                size = self._place(shard, len(header))
                 self._files[shard.file_name] = PartFile(folder / shard.file_name, header, size, self._outstanding,
                                                         SMALLER)
             sync_folder(folder)
@@ -101,6 +103,11 @@ class ShardWriter:
         """The tensor as it is in the file now (zeros where it has not been written)."""
         spec, shard, offset = self._places[name]
         return self._files[shard.file_name].read(spec, offset)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """(offset in its file, bytes) of a tensor."""
+        spec, _, offset = self._places[name]
+        return offset, spec.nbytes
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
@@ -125,12 +132,16 @@ class ShardWriter:
         while self._files:
             self._files.popitem()[1].close()
 
-    def _place(self, shard: Shard, offset: int) -> None:
+    def _place(self, shard: Shard, offset: int) -> int:
+        """Give every tensor its offset; returns the size of the file."""
         for spec in shard.specs:
             if spec.name in self._places:
                 raise ValueError(f"tensor '{spec.name}' is planned twice")
+            if shard.bare:
+                offset += -offset % (PAGE if spec.nbytes >= LARGE else BARE_ALIGNMENT)
             self._places[spec.name] = (spec, shard, offset)
             offset += spec.nbytes
+        return offset
 
     def _outstanding(self) -> int:
         """Bytes of the files that have no room reserved yet."""

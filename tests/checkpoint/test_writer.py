@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from qtool.checkpoint import open_checkpoint, part_file
 from qtool.checkpoint.header import read_header
-from qtool.checkpoint.writer import Shard, ShardWriter, plan_shards
+from qtool.checkpoint.writer import LARGE, Shard, ShardWriter, plan_shards
 from qtool.errors import OutputError, StorageError
 from qtool.tensors import DTYPE_NAMES, TensorSpec
 
@@ -258,3 +258,20 @@ def test_memory_stays_at_one_tensor(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tmp_path))
     assert all(float(checkpoint.read(spec.name).sum()) == 1 << 20 for spec in specs)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_a_bare_file_has_only_data_at_aligned_places(tmp_path: Path) -> None:
+    tensors = tensors_of([(torch.uint8, [3]), (torch.bfloat16, [5, 7]), (torch.uint8, [LARGE]),
+                          (torch.float32, [2])])
+    shard = Shard("model.data", tuple(specs_of(tensors)), bare=True)
+    for _ in range(2):  # the second goes on in the file of the first
+        file = ShardWriter(tmp_path, [shard])
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+        assert [file.place(name) for name in tensors] == [(0, 3), (64, 70), (4096, 1 << 20), (4096 + (1 << 20), 8)]
+        assert all(same(file.read_back(name), tensor) for name, tensor in tensors.items())
+        file.close()
+    ShardWriter(tmp_path, [shard]).finish()
+    raw = (tmp_path / "model.data").read_bytes()
+    assert len(raw) == 4096 + (1 << 20) + 8 and raw[3:64] == bytes(61)
+    assert raw[64:134] == tensors["t1"].view(torch.uint8).numpy().tobytes()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool import decode, manifest
+from qtool import decode, export, manifest
 from qtool.inspect import dense
 from tests import tiny
 from tests.cli.conftest import SMALL, Run
@@ -112,6 +112,17 @@ def test_an_unfinished_run_is_not_overwritten(run: Run, gptq: Path, tmp_path: Pa
     (partial / "journal.jsonl").write_text(json.dumps({"identity": {"recipe": 1}}) + "\n")
     status, _, err = run("export", gptq, "--to", "gptq", "--out", tmp_path / "out")
     assert status == 2 and "unfinished run of something else" in err
+
+
+def test_an_export_killed_at_its_end_goes_on(run: Run, gptq: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the files of the weights have their names already."""
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "finish", lambda *arguments: [][0])
+        assert run("export", gptq, "--to", "gptq", "--out", tmp_path / "out", "--quiet")[0] == 1
+    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    assert run("export", gptq, "--to", "gptq", "--out", tmp_path / "out", "--quiet") == (0, "", "")
+    assert run("inspect", tmp_path / "out", "--verify")[0] == 0
 
 
 def test_two_exports_are_equal(run: Run, gptq: Path, tmp_path: Path) -> None:
