@@ -11,19 +11,22 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
-from qtool import inspect, manifest
+from qtool import found, inspect, manifest, outside, plan_gguf, recipe
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_metadata import describe
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
 from qtool.decode import Source
-from qtool.errors import InputError, OutputError, PlanError, VerificationError
+from qtool.errors import InputError, NumericalError, OutputError, PlanError, VerificationError
+from qtool.formats import gguf as blocks
+from qtool.mixtures import MIXTURES
 from qtool.models import skeleton
-from qtool.tensors import TensorSpec
+from qtool.tensors import TensorSpec, all_finite
 from qtool.workspace import Workspace, storage_error
 
 NAME = "gguf"
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
               GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16}
+PLAIN_STEPS, PLAIN_ROUNDS = 9, 1  # of the search for scales without text: twice as many gain a hundredth
 TENSORS_NAME = "model.gguf"  # in the working directory
 
 
@@ -56,13 +59,14 @@ class GgufExport:
 def make_export(source: Source, kind: str | None = None, out: Path | None = None) -> GgufExport:
     """Raises InputError (or a class below it) when GGUF cannot hold the model, before any work.
 
-    kind: a key of STORAGES.  out: a file ending in .gguf, or a directory for it.
+    kind: a key of STORAGES or MIXTURES.  out: a file ending in .gguf, or a directory for it.
     """
-    if kind is not None and kind not in STORAGES:
-        raise InputError(f"--type {kind}: give one of {', '.join(STORAGES)}")
+    kind = None if kind is None else kind.lower()
+    if kind is not None and kind not in STORAGES and kind not in MIXTURES:
+        raise InputError(f"--type {kind}: give one of {', '.join((*STORAGES, *MIXTURES))}")
     bones = skeleton.build(source.directory, source.config, source.specs)
     specs = [source.specs[bones.source(name)] for name in bones.parameters]
-    storage = STORAGES[kind or "auto"](specs)
+    storage = mixed(kind, bones, source, specs) if kind in MIXTURES else STORAGES[kind or "auto"](specs)
     config = skeleton.config_values(source.directory, source.config, source.specs)
     model = describe(config, source.directory, bones.vocabulary, source.name,
                      Path(source.origin) if source.kind == "gguf" else None)
@@ -84,6 +88,43 @@ STORAGES = {"auto": dense(None), "f32": dense(GGMLQuantizationType.F32), "f16": 
             "bf16": dense(GGMLQuantizationType.BF16)}
 
 
+def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[TensorSpec]) -> Storage:
+    """Block types as llama.cpp's mixture of that name gives them, fitted without text."""
+    shape = plan_gguf.shape_of(source.config, bones, calibrated=False)
+    wanted = recipe.Recipe(mixture=mixture, format=NAME)
+    schemes = {f"{one.stored}.weight": one.scheme for one in plan_gguf.outside(wanted, bones, shape)[0]}
+    for index in range(len(bones.blocks)):
+        for name, (_, columns) in bones.block_linears(index).items():
+            scheme = plan_gguf.base_scheme(wanted, name, index, columns, shape)
+            if scheme is not None:
+                schemes[bones.source(f"{name}.weight")] = scheme
+    outputs = []
+    for spec in specs:
+        linear, scheme = spec.name.removesuffix(".weight"), schemes.get(spec.name)
+        rows = spec.shape[:2]
+        outputs += [spec] if scheme is None else blocks.layout(linear, (rows[0], rows[1]), scheme, spec.dtype)
+
+    def encode(tensor: torch.Tensor, output: TensorSpec) -> torch.Tensor:
+        scheme = schemes.get(output.name)
+        return tensor.to(output.dtype) if scheme is None else _rounded(tensor, output, scheme)
+
+    types = {name: GGMLQuantizationType[scheme.grid.upper()] for name, scheme in schemes.items()}
+    return Storage(mixture.upper(), LlamaFileType(MIXTURES[mixture][0]), tuple(outputs), types, encode)
+
+
+def _rounded(tensor: torch.Tensor, output: TensorSpec, scheme: recipe.Scheme) -> torch.Tensor:
+    """The blocks of a matrix [N, K], some rows at a time."""
+    grid, linear = found.load("grids", scheme.grid), output.name.removesuffix(".weight")
+    packed, step = torch.empty(output.shape, dtype=output.dtype), max(1, outside.CHUNK_ELEMENTS // tensor.shape[1])
+    for start in range(0, tensor.shape[0], step):
+        chunk = tensor[start:start + step].float()
+        if not all_finite(chunk):
+            raise NumericalError(f"{output.name}: has values that are NaN or infinite; the checkpoint is damaged")
+        fitted = grid.fit(chunk, scheme, torch.float16, None, PLAIN_STEPS, True, PLAIN_ROUNDS)
+        packed[start:start + step] = blocks.pack(linear, grid.encode(chunk, fitted))[output.name]
+    return packed
+
+
 def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     source, storage = job.source, job.storage
@@ -91,7 +132,7 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
                 "source": {"name": source.name, "files": source.hashes()}}
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)
-        exact = not source.schemes and not storage.types and not _rounded(source)
+        exact = not source.schemes and not storage.types and not _inexact(source)
         for done, spec in enumerate(storage.outputs):
             step(done, len(storage.outputs), spec.name)
             exact &= _copy(job, writer, spec)
@@ -134,7 +175,7 @@ def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:
     return output.name not in job.storage.types and torch.equal(meant.to(tensor.dtype), tensor)
 
 
-def _rounded(source: Source) -> bool:
+def _inexact(source: Source) -> bool:
     """Whether reading rounds already: a GGUF file with tensors of other types than the one that it is read as."""
     if source.kind != NAME:
         return False

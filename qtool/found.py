@@ -7,19 +7,32 @@ import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from qtool.errors import RecipeError
+
+COLLECTIONS = {"grids": "ggml"}  # files with many members, which are objects in MEMBERS
 
 
 def names(folder: str) -> list[str]:
     """The members of qtool/<folder>, as users type them (file compressed_tensors.py is compressed-tensors)."""
-    path = Path(__file__).parent / folder
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
-                  if not module.name.startswith("_"))
+    path, collection = Path(__file__).parent / folder, COLLECTIONS.get(folder)
+    files = {module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
+             if not module.name.startswith("_") and module.name != collection}
+    return sorted(files | set(_collected(folder)))
+
+
+def _collected(folder: str) -> dict[str, Any]:
+    if folder not in COLLECTIONS:
+        return {}
+    return dict(importlib.import_module(f"qtool.{folder}.{COLLECTIONS[folder]}").MEMBERS)
 
 
 def load(folder: str, name: str) -> ModuleType:
-    """The module of one member. Raises RecipeError with the nearest name for an unknown one."""
+    """The module of one member (or an object like one). Raises RecipeError with the nearest name for an unknown one."""
+    if name in _collected(folder):
+        member: ModuleType = _collected(folder)[name]
+        return member
     known = names(folder)
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0.5)

@@ -50,7 +50,11 @@ def system() -> dict[str, Any]:
 
 def record_of(source: Source) -> dict[str, Any] | None:
     """The manifest beside the weights; None where qtool did not write them. Raises CheckpointError for a bad one."""
-    return manifest.load(source.directory) if (source.directory / manifest.NAME).is_file() else None
+    folder = Path(source.origin).parent if source.kind == "gguf" else source.directory
+    if not (folder / manifest.NAME).is_file():
+        return None
+    record = manifest.load(folder)
+    return record if source.kind != "gguf" or Path(source.origin).name in record.get("outputs", {}) else None
 
 
 def summary(source: Source) -> dict[str, Any]:

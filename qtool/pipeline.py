@@ -28,9 +28,22 @@ from typing import Any, Protocol
 import torch
 
 import qtool
-from qtool import card, estimate, formats, found, grids, heap, manifest, ops, quality, rotate, sensitivity
+from qtool import (
+    card,
+    container,
+    estimate,
+    formats,
+    found,
+    grids,
+    heap,
+    manifest,
+    ops,
+    outside,
+    quality,
+    rotate,
+    sensitivity,
+)
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
 from qtool.models import blocks, calibration
@@ -78,7 +91,7 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
 def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: calibration.CalibrationTokens | None,
               work: Workspace) -> dict[str, Any]:
     """Everything once the schemes are known."""
-    writer = ShardWriter(work.folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
+    writer = container.open_writer(plan, work.folder, checkpoint.name)
     done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
     progress.start(plan.blocks, done)
     job = Job(checkpoint, plan, writer, progress)
@@ -105,7 +118,7 @@ class Job:
 
     checkpoint: Checkpoint
     plan: Plan
-    writer: ShardWriter
+    writer: container.Writer
     progress: Progress
 
 
@@ -117,7 +130,7 @@ def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     if stage.block is not None:
         return [record for group in _one_scale(stage.linears)
                 for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
-    return []
+    return [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in stage.outside]
 
 
 def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream) -> list[dict[str, Any]]:
@@ -298,15 +311,16 @@ def _finish(job: Job, work: Workspace) -> dict[str, Any]:
     layers = [record for stage in plan.stages for record in work.finished[stage.name]["layers"]]
     config = _config(job)
     found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs}, job.writer.read_back)
-    if set(found_schemes) != {linear.stored for linear in plan.linears}:
+    if found_schemes and set(found_schemes) != {linear.stored for linear in plan.linears}:
         raise VerificationError(f"{work.folder}: a loader would find {len(found_schemes)} quantized linears in the "
                                 f"written keys, not {len(plan.linears)}; this is a bug in format {plan.format.NAME}")
     job.writer.finish()
-    for path in job.checkpoint.companions():
-        shutil.copyfile(path, work.folder / path.name)
-    manifest.write_json(work.folder / "config.json", config)
-    for name, content in plan.format.extra_files(config.get("quantization_config", {})).items():
-        manifest.write_json(work.folder / name, content)
+    if plan.gguf is None:  # a GGUF file has them in itself
+        for path in job.checkpoint.companions():
+            shutil.copyfile(path, work.folder / path.name)
+        for name, content in {"config.json": config,
+                              **plan.format.extra_files(config.get("quantization_config", {}))}.items():
+            manifest.write_json(work.folder / name, content)
     scratch = {"journal.jsonl", "lock"}
     hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
               if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}

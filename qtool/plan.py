@@ -11,15 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 
-from qtool import budget, estimate, found, rotate
+from qtool import budget, estimate, found, plan_gguf, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
 from qtool.formats import stored_bytes
+from qtool.mixtures import Shape
 from qtool.models import outline
 from qtool.models import skeleton as skeletons
 from qtool.models.blocks import choose_compute_dtype
@@ -29,6 +30,9 @@ from qtool.recipe import Recipe, Scheme
 from qtool.stages import Layout, LinearPlan, Stage
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, TensorSpec
 from qtool.units import size
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.gguf_writer import GgufModel
 
 AUTO_GROUPS = (128, 64, 32)
 
@@ -55,6 +59,7 @@ class Plan:
     source_bytes: int
     memory: dict[str, int]
     seconds: float | None
+    gguf: GgufModel | None = None  # what a GGUF file says beside its tensors
     problem: budget.Problem | None = None  # what a search will decide; until then the schemes of `linears` are a guess
 
     @property
@@ -86,6 +91,11 @@ class Plan:
         return tuple(linear for stage in self.stages for linear in stage.linears)
 
     @property
+    def outside(self) -> tuple[LinearPlan, ...]:
+        """Embeddings and head, where the format holds them quantized."""
+        return tuple(linear for stage in self.stages for linear in stage.outside)
+
+    @property
     def outputs(self) -> list[TensorSpec]:
         return [spec for stage in self.stages for spec in stage.outputs]
 
@@ -114,8 +124,9 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        weights = sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
-        stored = sum(self.linear_bytes(linear) for linear in self.linears)
+        linears = (*self.linears, *self.outside)
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        stored = sum(self.linear_bytes(linear) for linear in linears)
         return 8 * stored / weights if weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +137,8 @@ class Plan:
             "compute_dtype": NAMES_OF_DTYPES[self.compute_dtype],
             "blocks": self.blocks, "samples": self.text_samples,
             "linears": [{"name": one.name, "shape": list(one.shape), "block": one.block,
-                         "scheme": None if one.name in free else one.scheme.model_dump()} for one in self.linears],
+                         "scheme": None if one.name in free else one.scheme.model_dump()}
+                        for one in (*self.linears, *self.outside)],
             "budget": {"samples": self.recipe.search_samples, **self.problem.to_json()} if self.problem else None,
             "kept": [{"name": name, "reason": reason} for name, reason in self.kept],
             "rotation": rotate.describe(self.rotated),
@@ -140,6 +152,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     """Raises RecipeError, ModelError, CheckpointError or PlanError before anything has been written."""
     target = _device(device)
     format_ = found.load("formats", recipe.format)
+    plan_gguf.refuse(recipe)
     steps = tuple(_step(entry) for entry in recipe.steps)
     rotating = rotate.wanted(steps)
     described = checkpoint.directory, checkpoint.config, checkpoint.specs
@@ -149,7 +162,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     rotated = rotate.find(skeleton, rotating, recipe.seed) if rotating else None
     skeleton, source = rotated.skeleton if rotated else skeleton, rotate.view(checkpoint, rotated)
     model_dtype = _model_dtype(recipe, checkpoint)
-    linears, kept = ([], []) if _stays_dense(steps, recipe) else _match(recipe, skeleton)
+    shape = plan_gguf.shape_of(checkpoint.config, skeleton, calibrated) if recipe.mixture else None
+    linears, outside, kept = ([], [], []) if _stays_dense(steps, recipe) else _match(recipe, skeleton, shape)
     attentions = _attentions(skeleton, format_) if recipe.kv_cache else []
     layout = Layout(skeleton, source.specs, format_, model_dtype, recipe.dtype != "auto", tuple(attentions))
     problem = None
@@ -157,8 +171,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         problem = budget.pose(recipe, format_, model_dtype, linears, layout.bytes_beside(linears))
         linears = _with_schemes(linears, problem.guess())
     recipe, linears = _settle_groups(recipe, linears)
-    _check(linears, format_)
-    stages = layout.stages(linears)
+    _check([*linears, *outside], format_)
+    stages = layout.stages(linears, outside)
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
@@ -171,6 +185,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         warnings=tuple(_warnings(linears, format_)),
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
         memory=estimate.memory(work), seconds=estimate.seconds(work), problem=problem,
+        gguf=plan_gguf.described(checkpoint, skeleton) if recipe.mixture else None,
     )
 
 
@@ -183,8 +198,8 @@ def with_schemes(plan: Plan, chosen: Mapping[str, Scheme]) -> Plan:
     """The plan with these schemes, by the names of linears, and nothing left to choose. Raises PlanError."""
     linears = _with_schemes(plan.linears, chosen)
     _check(linears, plan.format)
-    return replace(plan, stages=plan.layout.stages(linears), warnings=tuple(_warnings(linears, plan.format)),
-                   problem=None)
+    return replace(plan, stages=plan.layout.stages(linears, plan.outside), problem=None,
+                   warnings=tuple(_warnings(linears, plan.format)))
 
 
 def _with_schemes(linears: Sequence[LinearPlan], chosen: Mapping[str, Scheme]) -> list[LinearPlan]:
@@ -193,6 +208,8 @@ def _with_schemes(linears: Sequence[LinearPlan], chosen: Mapping[str, Scheme]) -
 
 def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
     method, label = recipe.preset or recipe.method, recipe.scheme.label
+    if recipe.mixture is not None:
+        return Path(f"{checkpoint.name}-{recipe.mixture}")
     if recipe.format == "hf":
         return Path(f"{checkpoint.name}-{method}")
     if recipe.budget is not None:
@@ -248,23 +265,30 @@ def _model_dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     return max(counts, key=lambda key: counts[key], default=torch.bfloat16)
 
 
-def _match(recipe: Recipe, skeleton: Skeleton) -> tuple[list[LinearPlan], list[tuple[str, str]]]:
+def _match(recipe: Recipe, skeleton: Skeleton,
+           shape: Shape | None) -> tuple[list[LinearPlan], list[LinearPlan], list[tuple[str, str]]]:
+    """The linears of the blocks that are quantized, those outside of them, and (name, why) of those that are not.
+
+    shape: of the model, where a mixture chooses the types."""
     linears, kept, used = [], [], set()
     for index in range(len(skeleton.blocks)):
-        for name, shape in skeleton.block_linears(index).items():
-            scheme, rule = recipe.scheme_for(name)
+        for name, (rows, columns) in skeleton.block_linears(index).items():
+            base = plan_gguf.base_scheme(recipe, name, index, columns, shape) if shape else recipe.scheme
+            scheme, rule = recipe.scheme_for(name, base) if base or not shape else (None, None)
             used.add(rule)
             if scheme is None:
-                kept.append((name, f"rule {recipe.rules[rule or 0].match} leaves it as it is"))
+                kept.append((name, f"rule {recipe.rules[rule].match} leaves it as it is" if rule is not None
+                             else plan_gguf.NO_TYPE))
                 continue
             stored = skeleton.source(name + ".weight").removesuffix(".weight")
-            linears.append(LinearPlan(name, stored, shape, scheme, index))
-    if skeleton.head:
-        scheme, rule = recipe.scheme_for(skeleton.head)
-        used.add(rule)
-        if rule is not None and scheme is not None:
-            raise PlanError(f"rule '{recipe.rules[rule].match}' asks to quantize the output head {skeleton.head}, "
-                            f"which this version cannot do; put a rule before it: match: {skeleton.head}, skip: true")
+            scheme = plan_gguf.typed(scheme) if shape else scheme
+            linears.append(LinearPlan(name, stored, (rows, columns), scheme, index))
+    outside: list[LinearPlan] = []
+    if shape:
+        outside, left, rules = plan_gguf.outside(recipe, skeleton, shape)
+        kept, used = kept + left, used | rules
+    elif skeleton.head:
+        used.add(_keep_head(recipe, skeleton.head))
         kept.append((skeleton.head, "the output head stays in the model's dtype"))
     kept += [(name, "routers are not quantized") for name in skeleton.routers]
     for index, idle in enumerate(recipe.rules):
@@ -273,7 +297,16 @@ def _match(recipe: Recipe, skeleton: Skeleton) -> tuple[list[LinearPlan], list[t
                             f"that it does; a linear's name is like {next(iter(skeleton.block_linears(0)), 'none')}")
     if not linears:
         raise PlanError("no linear is left to quantize: every one is skipped by a rule; remove a rule")
-    return linears, kept
+    return linears, outside, kept
+
+
+def _keep_head(recipe: Recipe, head: str) -> int | None:
+    """The rule that matches the output head; it may only skip it."""
+    scheme, rule = recipe.scheme_for(head)
+    if rule is not None and scheme is not None:
+        raise PlanError(f"rule '{recipe.rules[rule].match}' asks to quantize the output head {head}, which only GGUF "
+                        f"(--method q4_k_m) does; put a rule before it: match: {head}, skip: true")
+    return rule
 
 
 def _settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
@@ -287,6 +320,8 @@ def _settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
 
 def _settle_groups(recipe: Recipe, linears: list[LinearPlan]) -> tuple[Recipe, list[LinearPlan]]:
     """Replace group_size auto, and refuse sizes that do not divide an input width."""
+    if recipe.mixture is not None:  # the types have their blocks
+        return recipe, linears
     auto = [linear for linear in linears if linear.scheme.group_size == "auto"]
     if auto:
         size = next((g for g in AUTO_GROUPS if all(linear.shape[1] % g == 0 for linear in auto)), None)

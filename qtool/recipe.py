@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qtool.errors import RecipeError
+from qtool.mixtures import MIXTURES
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "recipes", HERE.parent / "recipes")  # an installed package; a source checkout
@@ -161,6 +162,7 @@ class Recipe(Strict):
     preset: str | None = None
     steps: tuple[dict[str, dict[str, Any]], ...] = ({"rtn": {}},)
     scheme: Scheme = Scheme()
+    mixture: str | None = None  # of GGUF types, such as q4_k_m; then the scheme is that of each tensor's type
     budget: Budget | None = None
     rules: tuple[Rule, ...] = ()
     format: str = "compressed-tensors"
@@ -193,6 +195,13 @@ class Recipe(Strict):
             return {"bits" if re.fullmatch(r"[\d.]+|nan|inf", value) else "size": value}
         return value
 
+    @field_validator("mixture")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in MIXTURES:
+            raise ValueError(f"no such mixture of GGUF types{_nearest(value, MIXTURES)}; known: {', '.join(MIXTURES)}")
+        return value
+
     @property
     def method(self) -> str:
         return "+".join(next(iter(step)) for step in self.steps)
@@ -208,12 +217,15 @@ class Recipe(Strict):
         """Calibration sequences that a budget's schemes will be chosen on; 0: there is nothing to choose."""
         return min(self.calibration.samples or 0, self.budget.samples) if self.budget else 0
 
-    def scheme_for(self, name: str) -> tuple[Scheme | None, int | None]:
-        """The scheme of the linear called name (None: left as it is), and the index of the rule that said so."""
+    def scheme_for(self, name: str, base: Scheme | None = None) -> tuple[Scheme | None, int | None]:
+        """The scheme of the linear called name (None: left as it is), and the index of the rule that said so.
+
+        base: where it is not the recipe's own scheme.
+        """
         for index, rule in enumerate(self.rules):
             if rule.matches(name):
-                return None if rule.skip else rule.apply(self.scheme), index
-        return self.scheme, None
+                return None if rule.skip else rule.apply(base or self.scheme), index
+        return base or self.scheme, None
 
 
 def available() -> dict[str, Path]:
@@ -232,13 +244,16 @@ def load(name: str) -> Recipe:
 
 def preset(method: str) -> Recipe:
     """The ready recipe that `--method METHOD` stands for: the one whose `preset` key says so."""
+    if method in MIXTURES:
+        return override(load("gguf"), {"mixture": method, "preset": method}, f"--method {method}")
     found = {}
     for path in available().values():
         data = _yaml(_read(path), str(path))
         if isinstance(data, dict) and isinstance(data.get("preset"), str):
             found[data["preset"]] = path
     if method not in found:
-        raise RecipeError(f"unknown method '{method}'{_nearest(method, found)}; methods: {', '.join(sorted(found))}")
+        known = [*sorted(found), *MIXTURES]
+        raise RecipeError(f"unknown method '{method}'{_nearest(method, known)}; methods: {', '.join(known)}")
     return parse(_read(found[method]), str(found[method]))
 
 

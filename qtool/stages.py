@@ -15,7 +15,10 @@ from qtool.tensors import FLOATING, TensorSpec
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear [N, K] that will be quantized; `stored` is its name in the checkpoint and in the output."""
+    """One linear [N, K] that will be quantized; `stored` is its name in the checkpoint and in the output.
+
+    block: -1 of an embedding or the head, which lie outside of the blocks.
+    """
 
     name: str
     stored: str
@@ -34,6 +37,7 @@ class Stage:
     copied: tuple[str, ...]  # checkpoint tensors that go over as they are
     outputs: tuple[TensorSpec, ...]
     attention: str | None = None  # the module, by its stored name, whose keys and values get scales
+    outside: tuple[LinearPlan, ...] = ()  # embeddings and head, where a format holds them quantized; without text
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,15 @@ class Layout:
     convert: bool
     attentions: tuple[str, ...]
 
-    def stages(self, linears: Sequence[LinearPlan]) -> tuple[Stage, ...]:
+    def stages(self, linears: Sequence[LinearPlan], outside: Sequence[LinearPlan] = ()) -> tuple[Stage, ...]:
         """Sort every parameter into before, block i, after; the order of the output file."""
         bones = self.skeleton
         by_block: list[list[LinearPlan]] = [[] for _ in bones.blocks]
         for linear in linears:
             by_block[linear.block].append(linear)
         quantized = {linear.name + ".weight" for linear in linears}
+        apart = {linear.name + ".weight": linear for linear in outside}
+        around: dict[int, list[LinearPlan]] = {-1: [], len(bones.blocks): []}
         copied: dict[int, list[str]] = {index: [] for index in range(-1, len(bones.blocks) + 1)}
         seen_block = False
         for name in bones.parameters:
@@ -65,15 +71,19 @@ class Layout:
             seen_block = seen_block or place is not None
             if place is None:
                 place = len(bones.blocks) if seen_block else -1
-            if name not in quantized and name not in bones.tied:
+            if name in apart:
+                around[place].append(apart[name])
+            elif name not in quantized and name not in bones.tied:
                 copied[place].append(bones.source(name))
-        stages = [Stage("before", None, (), tuple(copied[-1]), self._outputs(copied[-1], [], None))]
+        stages = [self._around("before", copied[-1], around[-1])]
         for index, here in enumerate(by_block):
             attention = self.attentions[index] if self.attentions else None
             specs = self._outputs(copied[index], here, attention)
             stages.append(Stage(f"block {index}", index, tuple(here), tuple(copied[index]), specs, attention))
-        last = copied[len(by_block)]
-        return (*stages, Stage("after", None, (), tuple(last), self._outputs(last, [], None)))
+        return (*stages, self._around("after", copied[len(by_block)], around[len(by_block)]))
+
+    def _around(self, name: str, copied: list[str], outside: list[LinearPlan]) -> Stage:
+        return Stage(name, None, (), tuple(copied), self._outputs(copied, outside, None), outside=tuple(outside))
 
     def bytes_beside(self, linears: Sequence[LinearPlan]) -> int:
         """Bytes in the output of all tensors but the weights of `linears`."""

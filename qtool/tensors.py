@@ -50,6 +50,8 @@ class QuantizedTensor:
     (per-channel).  extra: what a grid keeps beside, about the whole matrix (a global scale, nested scales).
     activations: whether the inputs will be rounded too, which some formats store in another way.
     strategy: what rows share scales, which stay as they were fitted then: "tensor", all; "block", 128; None, none.
+    offset: float32 [N, G] or None, added to all values of a group (grids whose minimum is not a multiple of the scale).
+    parts: what scale and offset are made of, where a format stores that instead; each [N, some part of K].
     """
 
     codes: torch.Tensor
@@ -62,22 +64,53 @@ class QuantizedTensor:
     grid: str = "affine"
     activations: bool = False
     strategy: str | None = None
+    offset: torch.Tensor | None = None
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> int:
+        """The columns that share a scale, or a part of it."""
+        columns = self.scale.shape[1] * self.group_size
+        return max([self.group_size, *(columns // part.shape[1] for part in self.parts.values() if part.shape[1])])
+
+    def without_offset(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight [N, K] less the offsets, so that values are multiples of the scales; itself if there are none."""
+        if self.offset is None:
+            return weight
+        tile = weight.reshape(*self.offset.shape, self.group_size)
+        return (tile - self.offset[..., None]).reshape(weight.shape)
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The quantized rows start .. stop, as when q, k and v were solved as one stacked matrix."""
         return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop],
-                       zero_point=self.zero_point[start:stop])
+                       zero_point=self.zero_point[start:stop],
+                       offset=None if self.offset is None else self.offset[start:stop],
+                       parts={name: part[start:stop] for name, part in self.parts.items()})
 
     def columns(self, here: slice) -> QuantizedTensor:
         """Some columns, with the groups that they touch; parts of the same tensors, so that writing changes those."""
-        groups = slice(here.start // self.group_size, -(-here.stop // self.group_size))
-        return replace(self, codes=self.codes[:, here], scale=self.scale[:, groups],
-                       zero_point=self.zero_point[:, groups])
+        whole = self.scale.shape[1] * self.group_size
+
+        def touched(part: torch.Tensor) -> torch.Tensor:
+            width = whole // part.shape[1]
+            return part[:, here.start // width:-(-here.stop // width)]
+
+        return replace(self, codes=self.codes[:, here], scale=touched(self.scale), zero_point=touched(self.zero_point),
+                       offset=None if self.offset is None else touched(self.offset),
+                       parts={name: touched(part) for name, part in self.parts.items()})
+
+    def own(self) -> QuantizedTensor:
+        """With codes, scales, offsets and parts that may be changed without changing this one's."""
+        return replace(self, codes=self.codes.clone(), scale=self.scale.clone(),
+                       offset=None if self.offset is None else self.offset.clone(),
+                       parts={name: part.clone() for name, part in self.parts.items()})
 
     def to(self, device: torch.device) -> QuantizedTensor:
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device),
                        zero_point=self.zero_point.to(device),
-                       extra={name: tensor.to(device) for name, tensor in self.extra.items()})
+                       extra={name: tensor.to(device) for name, tensor in self.extra.items()},
+                       offset=None if self.offset is None else self.offset.to(device),
+                       parts={name: part.to(device) for name, part in self.parts.items()})
 
 
 INPUT_SCALE = "input_scale"  # in extra: the one scale of a linear's inputs, where that is calibrated, [1]

@@ -23,6 +23,8 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
         if revision is not None:
             raise CheckpointError(f"{model}: a revision ({revision}) goes with a Hub id; this is a path, leave it out")
         if path.is_dir():
+            path = _only_gguf(path) or path
+        if path.is_dir():
             return open_directory(path)
         if path.suffix.lower() == ".gguf":
             from qtool.checkpoint.gguf_file import open_gguf  # needs transformers
@@ -38,3 +40,10 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
     from qtool.checkpoint.hub import open_repository  # needs huggingface_hub
 
     return open_repository(repository, tag or revision)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The .gguf file of a directory that holds no other checkpoint, as `quantize --method q4_k_m` writes it."""
+    files = sorted(folder.glob("*.gguf"))
+    other = (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
+    return files[0] if len(files) == 1 and not other else None

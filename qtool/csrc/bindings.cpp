@@ -38,7 +38,49 @@ bool is_e4m3(const float* values, int64_t count) {
 #define KERNEL(name) active->name
 #include "bindings.inc"
 
-STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) { QTOOL_REGISTER(library); }
+namespace {
+
+// GGUF's blocks, on the CPU only: on a GPU their references run there.
+std::tuple<Tensor, Tensor, Tensor, Tensor> fit_blocks(Tensor weight, Tensor importance, Tensor levels, Tensor edges,
+                                                      int64_t super, int64_t sub, int64_t scale_low, int64_t scale_high,
+                                                      int64_t mins, int64_t steps, int64_t rounds, double energy,
+                                                      bool uniform) {
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  Tensor d = make(weight, rows, columns / super, ScalarType::Float);
+  Tensor dmin = make(weight, rows, columns / super, ScalarType::Float);
+  Tensor scales = make(weight, rows, columns / sub, ScalarType::Byte);
+  Tensor minus = make(weight, rows, columns / sub, ScalarType::Byte);
+  const BlockFitOptions options{columns, super, sub, scale_low, scale_high, mins, steps, rounds, (float)energy, uniform};
+  run(weight, KERNEL(fit_blocks), rows, floats(weight), floats(importance), options, levels_of(levels, edges),
+      floats_of(d), bytes_of(scales), floats_of(dmin), bytes_of(minus));
+  return {d, scales, dmin, minus};
+}
+
+// fields int32 [count, 5]: see packing.cpp. Every block is independent.
+Tensor packed_fields(Tensor parts, Tensor fields, int64_t size) {
+  const int64_t blocks = parts.size(0);
+  Tensor packed = make(parts, blocks, size, ScalarType::Byte);
+  run(parts, KERNEL(pack_fields), blocks, bytes(parts), fields.const_data_ptr<int32_t>(), fields.size(0), parts.size(1),
+      size, bytes_of(packed));
+  return packed;
+}
+
+Tensor unpacked_fields(Tensor packed, Tensor fields, int64_t width) {
+  const int64_t blocks = packed.size(0);
+  Tensor parts = make(packed, blocks, width, ScalarType::Byte);
+  run(packed, KERNEL(unpack_fields), blocks, bytes(packed), fields.const_data_ptr<int32_t>(), fields.size(0), width,
+      packed.size(1), bytes_of(parts));
+  return parts;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) {
+  QTOOL_REGISTER(library);
+  library.impl("fit_blocks", TORCH_BOX(&fit_blocks));
+  library.impl("pack_fields", TORCH_BOX(&packed_fields));
+  library.impl("unpack_fields", TORCH_BOX(&unpacked_fields));
+}
 
 // For ctypes: the name of the instruction set in use, and a way for tests to choose another. 0 when it cannot run here.
 extern "C" __attribute__((visibility("default"))) const char* qtool_instruction_set() { return active->name; }

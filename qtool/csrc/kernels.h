@@ -30,6 +30,14 @@ struct LevelFitOptions {
   float shrink_min, top;  // top: the largest magnitude of a level
 };
 
+// Blocks of `super` columns with one d (and dmin) each, in sub-blocks of `sub` with integers scale_low .. scale_high that
+// multiply d, and 0 .. mins that multiply dmin (mins 0: there is no minimum). See blocks.inc.
+struct BlockFitOptions {
+  int64_t columns, super, sub, scale_low, scale_high, mins, steps, rounds;
+  float energy;
+  bool uniform;  // the levels are consecutive integers
+};
+
 struct Kernels {
   const char* name;
   void (*fit_affine)(const float* weight, const float* importance, const FitOptions& options, float* scale,
@@ -58,6 +66,9 @@ struct Kernels {
   void (*refine_levels)(const float* gradient, const float* hessian, const uint8_t* old_codes, const float* scale,
                         Levels levels, const int32_t* group_index, int64_t columns, int64_t groups, uint8_t* codes,
                         float* delta, int64_t begin, int64_t end);
+  // d, dmin [rows, columns / super]; scales (less scale_low), mins [rows, columns / sub]
+  void (*fit_blocks)(const float* weight, const float* importance, const BlockFitOptions& options, Levels levels,
+                     float* d, uint8_t* scales, float* dmin, uint8_t* mins, int64_t begin, int64_t end);
   // product [tokens, outputs]: left [tokens, columns] times right [outputs, columns] transposed, summed as int32, times
   // the scales of both rows. Here [begin, end) are rows of `right`.
   void (*multiply_int8)(const int8_t* left, const int8_t* right, const float* left_scale, const float* right_scale,
@@ -72,6 +83,11 @@ struct Kernels {
                        int64_t end);
   void (*unpack_columns)(const uint32_t* words, int64_t count, int64_t width, int64_t bits, uint8_t* codes,
                          int64_t begin, int64_t end);
+  // Fields of bits: parts [blocks, parts] <-> packed [blocks, size]. fields [count, 5] says which bits go where.
+  void (*pack_fields)(const uint8_t* parts, const int32_t* fields, int64_t count, int64_t width, int64_t size,
+                      uint8_t* packed, int64_t begin, int64_t end);
+  void (*unpack_fields)(const uint8_t* packed, const int32_t* fields, int64_t count, int64_t width, int64_t size,
+                        uint8_t* parts, int64_t begin, int64_t end);
 };
 
 extern const Kernels kPortable;
@@ -90,3 +106,5 @@ void pack_rows(const uint8_t*, int64_t, int64_t, int64_t, uint32_t*, int64_t, in
 void unpack_rows(const uint32_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int64_t);
 void pack_columns(const uint8_t*, int64_t, int64_t, int64_t, uint32_t*, int64_t, int64_t);
 void unpack_columns(const uint32_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int64_t);
+void pack_fields(const uint8_t*, const int32_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int64_t);
+void unpack_fields(const uint8_t*, const int32_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int64_t);

@@ -62,3 +62,26 @@ void unpack_columns(const uint32_t* words, int64_t count, int64_t width, int64_t
     for (int64_t column = begin; column < end; ++column)
       codes[i * width + column] = get(words + column, width, i * bits, bits);
 }
+
+// A field is {part, its lowest bit that is taken, bits, byte, where in that byte the bits begin}.
+void pack_fields(const uint8_t* parts, const int32_t* fields, int64_t count, int64_t width, int64_t size,
+                 uint8_t* packed, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const uint8_t* from = parts + block * width;
+    uint8_t* to = packed + block * size;
+    std::memset(to, 0, size);
+    for (const int32_t* f = fields; f != fields + 5 * count; f += 5)
+      to[f[3]] |= (uint8_t)(((from[f[0]] >> f[1]) & ((1 << f[2]) - 1)) << f[4]);
+  }
+}
+
+void unpack_fields(const uint8_t* packed, const int32_t* fields, int64_t count, int64_t width, int64_t size,
+                   uint8_t* parts, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const uint8_t* from = packed + block * size;
+    uint8_t* to = parts + block * width;
+    std::memset(to, 0, width);
+    for (const int32_t* f = fields; f != fields + 5 * count; f += 5)
+      to[f[0]] |= (uint8_t)(((from[f[3]] >> f[4]) & ((1 << f[2]) - 1)) << f[1]);
+  }
+}

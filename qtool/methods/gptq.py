@@ -53,7 +53,7 @@ def run(layer: Layer, options: Options) -> Layer:
     order = column_order(layer.stats.hessian, options.order).flip(0)  # the Cholesky factor wants the last first
     feedback, notes = factor(layer.name, layer.stats.hessian, options.damping, options.damping_mode, order)
     feedback /= feedback.diagonal().clone()  # column j over L_jj: the feedback of column i on column j
-    codes = solve(grid, layer.target, feedback, fitted, order, options.block)
+    codes = solve(grid, fitted.without_offset(layer.target), feedback, fitted, order, options.block)
     return layer.having(quantized=replace(fitted, codes=codes), notes=notes)
 
 
@@ -68,8 +68,8 @@ def solve(grid: ModuleType, target: torch.Tensor, feedback: torch.Tensor, fitted
           block: int) -> torch.Tensor:
     """Codes uint8 [N, K] in the file's column order, on a grid that has been fitted.
 
-    target: float32 [N, K].  order: int64 [K], the columns from the one that is chosen last to the first.  feedback:
-    float32 [K, K] lower triangular with unit diagonal, rows and columns in that order.
+    target: float32 [N, K], less the grid's offsets.  order: int64 [K], the columns from the one that is chosen last to
+    the first.  feedback: float32 [K, K] lower triangular with unit diagonal, rows and columns in that order.
     Left-looking: W is never rewritten, each block reads the D of all blocks before it.
     """
     weight = target[:, order]

@@ -7,7 +7,7 @@ zero point, masked to group g, s_g += (E · c') / (c' H c'ᵀ), rounded to the s
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Literal
 
@@ -40,7 +40,7 @@ def run(layer: Layer, options: Options) -> Layer:
     hessian = damped(layer.stats.hessian, options.damping, options.damping_mode)
     grid, answer = found.load("grids", layer.scheme.grid), layer.quantized
     error = (layer.target - grid.decode(answer)) @ hessian
-    free = options.scales and grid.FREE_SCALES and answer.strategy is None
+    free = options.scales and (grid.FREE_SCALES or hasattr(grid, "refit")) and answer.strategy is None
     for _ in range(options.sweeps):
         answer = sweep(grid, answer, error, hessian, options.block, free)
     return layer.having(quantized=answer)
@@ -53,25 +53,28 @@ def sweep(grid: ModuleType, answer: QuantizedTensor, error: torch.Tensor, hessia
     Columns are taken in blocks, with one product to bring E up to date after each. Groups that fit into a block have
     their scales refitted before and after its codes move; longer ones once, before the pass.
     """
-    answer = replace(answer, codes=answer.codes.clone(), scale=answer.scale.clone())
+    answer = answer.own()
     columns, group = answer.codes.shape[1], answer.group_size
-    inside = group <= block
+    refit = getattr(grid, "refit", partial(refit_scales, grid))
+    if answer.parts:
+        block = max(block, answer.unit)
+    inside = answer.unit <= block
     if scales and not inside:
-        refit_scales(grid, answer, error, hessian)
+        refit(answer, error, hessian)
     if inside:
-        block -= block % group
+        block -= block % answer.unit
     for start in range(0, columns, block):
         here = slice(start, min(start + block, columns))
         part, local, square = answer.columns(here), error[:, here].clone(), hessian[here, here]
         before = grid.decode(part) if inside else None
         if scales and inside:
-            refit_scales(grid, part, local, square)
+            refit(part, local, square)
         index = (torch.arange(start, here.stop, device=error.device) // group - start // group).to(torch.int32)
         answer.codes[:, here], change = grid.refine_columns(local, square, part, index)
         if before is not None:
             if scales:
                 local.addmm_(change, square, alpha=-1)
-                refit_scales(grid, part, local, square)
+                refit(part, local, square)
             change = grid.decode(part) - before
         error.addmm_(change, hessian[here], alpha=-1)  # in place: E may be the largest tensor of all
     return answer

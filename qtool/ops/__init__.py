@@ -12,9 +12,10 @@ import torch
 from qtool.ops import _library, checks
 from qtool.ops.checks import MAX_BLOCK, SCALE_TYPES
 
-__all__ = ["MAX_BLOCK", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels", "fit_affine", "fit_levels",
-           "force_instruction_set", "multiply_int8", "native_available", "pack_bits", "refine_columns", "refine_levels",
-           "round_affine", "round_levels", "solve_columns", "solve_levels", "unpack_bits"]
+__all__ = ["MAX_BLOCK", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels", "fit_affine", "fit_blocks",
+           "fit_levels", "force_instruction_set", "multiply_int8", "native_available", "pack_bits", "pack_fields",
+           "refine_columns", "refine_levels", "round_affine", "round_levels", "solve_columns", "solve_levels",
+           "unpack_bits", "unpack_fields"]
 _ops = torch.ops.qtool
 
 
@@ -154,6 +155,43 @@ def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, codes: torch.Te
     checks.group_values(group_index, scale)
     checks.code_values(codes, levels)
     return _ops.refine_levels(*arguments)
+
+
+def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, levels: torch.Tensor, edges: torch.Tensor, super_: int,
+               sub: int, scale_range: tuple[int, int], mins: int, steps: int = 19, rounds: int = 2,
+               energy: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scales of GGUF's blocks: value = d * scale * level - dmin * min, of least error weighted by importance [K].
+
+    weight [N, K]. One d and dmin (float32 [N, K / super], values of float16) per `super` columns; per `sub` columns one
+    scale and one min: uint8 [N, K / sub], the scale less scale_range[0], the min up to `mins` (0: there is none).
+    A scale_range of one number, 1: the block has d alone (and dmin, if mins is 1, of any sign).
+    steps: ranges tried in each sub-block.  rounds: of neighbours of the integers and closed forms for d and dmin.
+    energy: not 0: weighted also by sqrt(energy * mean of w^2 in the block + w^2).
+    """
+    uniform = bool(torch.equal(levels, levels[0] + torch.arange(len(levels), device=levels.device)))
+    arguments = (_float("weight", weight), _float("importance", importance), _float("levels", levels),
+                 _float("edges", edges), super_, sub, *scale_range, mins, steps, rounds, energy, uniform)
+    checks.fit_blocks(*arguments)
+    return _ops.fit_blocks(*arguments)
+
+
+def pack_fields(parts: torch.Tensor, fields: torch.Tensor, size: int) -> torch.Tensor:
+    """Bit fields put together: parts uint8 [blocks, P] -> uint8 [blocks, size].
+
+    fields: int32 [F, 5], each {part, lowest bit taken from it, bits, byte, where in the byte they begin}.
+    """
+    arguments = (parts.contiguous(), fields.contiguous(), size)
+    checks.pack_fields(*arguments)
+    checks.field_values(fields, parts.shape[1], size)
+    return _ops.pack_fields(*arguments)
+
+
+def unpack_fields(packed: torch.Tensor, fields: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of pack_fields: uint8 [blocks, width]."""
+    arguments = (packed.contiguous(), fields.contiguous(), width)
+    checks.unpack_fields(*arguments)
+    checks.field_values(fields, width, packed.shape[1])
+    return _ops.unpack_fields(*arguments)
 
 
 def multiply_int8(left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor,

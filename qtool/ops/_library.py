@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qtool.ops import checks, reference, reference_levels
+from qtool.ops import checks, reference, reference_blocks, reference_levels
 
 SCHEMAS = {
     "fit_affine": "(Tensor weight, Tensor importance, int group, int bits, bool symmetric, int scale_type, int steps, "
@@ -32,6 +32,11 @@ SCHEMAS = {
                     "Tensor group_index) -> (Tensor, Tensor)",
     "refine_levels": "(Tensor gradient, Tensor hessian, Tensor old_codes, Tensor scale, Tensor levels, Tensor edges, "
                      "Tensor group_index) -> (Tensor, Tensor)",
+    "fit_blocks": "(Tensor weight, Tensor importance, Tensor levels, Tensor edges, int super, int sub, int scale_low, "
+                  "int scale_high, int mins, int steps, int rounds, float energy, bool uniform) "
+                  "-> (Tensor, Tensor, Tensor, Tensor)",
+    "pack_fields": "(Tensor parts, Tensor fields, int size) -> Tensor",
+    "unpack_fields": "(Tensor packed, Tensor fields, int width) -> Tensor",
     "multiply_int8": "(Tensor left, Tensor right, Tensor left_scale, Tensor right_scale) -> Tensor",
     "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
     "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
@@ -46,6 +51,16 @@ def _fit(weight, importance, group, *_):  # type: ignore[no-untyped-def]
 
 def _fit_levels(weight, importance, levels, edges, group, *_):  # type: ignore[no-untyped-def]
     return weight.new_empty((weight.shape[0], weight.shape[1] // group))
+
+
+def _fit_blocks(weight, importance, levels, edges, super_, sub, *_):  # type: ignore[no-untyped-def]
+    rows, columns = weight.shape
+    d, parts = weight.new_empty((rows, columns // super_)), weight.new_empty((rows, columns // sub), dtype=torch.uint8)
+    return d, parts, torch.empty_like(d), torch.empty_like(parts)
+
+
+def _fields(source, fields, size):  # type: ignore[no-untyped-def]
+    return source.new_empty((source.shape[0], size))
 
 
 def _codes(weight, *_):  # type: ignore[no-untyped-def]
@@ -78,8 +93,8 @@ def _unpack(packed, bits, count, transposed):  # type: ignore[no-untyped-def]
 SHAPES: dict[str, Callable[..., Any]] = {
     "fit_affine": _fit, "round_affine": _codes, "dequantize_affine": _values, "solve_columns": _pair,
     "refine_columns": _pair, "fit_levels": _fit_levels, "round_levels": _codes, "dequantize_levels": _values,
-    "solve_levels": _pair, "refine_levels": _pair, "multiply_int8": _product, "pack_bits": _pack,
-    "unpack_bits": _unpack,
+    "solve_levels": _pair, "refine_levels": _pair, "fit_blocks": _fit_blocks, "pack_fields": _fields,
+    "unpack_fields": _fields, "multiply_int8": _product, "pack_bits": _pack, "unpack_bits": _unpack,
 }
 
 
@@ -97,7 +112,8 @@ def _fake(name: str) -> Callable[..., Any]:
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _default = getattr(reference_levels if _name.endswith("_levels") else reference, _name)
+    _default = next(getattr(module, _name) for module in (reference_levels, reference_blocks, reference)
+                    if hasattr(module, _name))
     LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtool::{_name}", _fake(_name), lib=LIBRARY)
 

@@ -101,6 +101,36 @@ def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torc
     block(gradient, old_codes, hessian, scale, None, group_index)
 
 
+def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, values: torch.Tensor, edges: torch.Tensor, super_: int,
+               sub: int, scale_low: int, scale_high: int, mins: int, steps: int, rounds: int, energy: float,
+               uniform: bool) -> None:
+    matrix("weight", weight, torch.float32)
+    groups(weight, super_)
+    between("super", super_, 1, 256)
+    require(sub > 0 and super_ % sub == 0 and super_ // sub <= 16, f"sub {sub} for super {super_}")
+    require(-128 <= scale_low <= scale_high <= 127 and (scale_low < 0 or scale_high > 0),
+            f"scale_low {scale_low}, scale_high {scale_high}")
+    between("mins", mins, 0, 255)
+    require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
+            f"importance {shape(importance)} for weight {shape(weight)}")
+    require(steps >= 1 and rounds >= 0 and energy >= 0, f"steps {steps}, rounds {rounds}, energy {energy}")
+    levels(values, edges)
+    require(mins > 0 or float(values[0]) < 0, "without a minimum the lowest level is negative")
+    one_device(weight, importance, values, edges)
+
+
+def pack_fields(parts: torch.Tensor, fields: torch.Tensor, size: int) -> None:
+    matrix("parts", parts, torch.uint8)
+    field_table(fields, parts.shape[1], size)
+    one_device(parts, fields)
+
+
+def unpack_fields(packed: torch.Tensor, fields: torch.Tensor, width: int) -> None:
+    matrix("packed", packed, torch.uint8)
+    field_table(fields, width, packed.shape[1])
+    one_device(packed, fields)
+
+
 def multiply_int8(left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor,
                   right_scale: torch.Tensor) -> None:
     matrix("left", left, torch.int8)
@@ -124,6 +154,19 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int, transposed: bool) -
     between("bits", bits, 2, 8)
     have = packed.shape[0 if transposed else 1]
     require(count >= 0 and have == words(count, bits), f"{have} words cannot hold {count} codes of {bits} bits")
+
+
+def field_table(fields: torch.Tensor, width: int, size: int) -> None:
+    matrix("fields", fields, torch.int32)
+    require(fields.shape[1] == 5 and width >= 0 and size >= 0, f"fields {shape(fields)}, width {width}, size {size}")
+
+
+def field_values(fields: torch.Tensor, width: int, size: int) -> None:
+    """Every field lies within its part and its byte; reads values."""
+    if fields.numel():
+        part, first, bits, byte, at = fields.unbind(1)
+        inside = (part >= 0) & (part < width) & (byte >= 0) & (byte < size) & (first >= 0) & (bits > 0) & (at >= 0)
+        require(bool((inside & (first + bits <= 8) & (at + bits <= 8)).all()), "a field lies outside its block")
 
 
 def group_values(group_index: torch.Tensor, scale: torch.Tensor) -> None:
