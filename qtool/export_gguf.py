@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
 from qtool import found, inspect, manifest, outside, plan_gguf, recipe
+from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_metadata import describe
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
 from qtool.checkpoint.imatrix import read_imatrix, spread
@@ -157,7 +158,7 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
                 "source": {"name": source.name, "files": source.hashes()}}
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)
-        exact = not source.schemes and not storage.types
+        exact = not source.schemes and not storage.types and not _inexact(source)
         for done, spec in enumerate(storage.outputs):
             step(done, len(storage.outputs), spec.name)
             exact &= _copy(job, writer, spec)
@@ -198,6 +199,14 @@ def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:
         raise VerificationError(f"{output.name}: what was read back from {writer.folder} differs from what was "
                                 "written; the disk or the memory of this machine may be faulty")
     return output.name not in job.storage.types and torch.equal(meant.to(tensor.dtype), tensor)
+
+
+def _inexact(source: Source) -> bool:
+    """Whether reading rounds already: a GGUF file with tensors of other types than the one that it is read as."""
+    if source.kind != NAME:
+        return False
+    tensors = read_gguf_header(Path(source.origin)).tensors.values()
+    return any(tensor.kind != DENSE.get(source.dtype) for tensor in tensors)
 
 
 def _converted(tensor: torch.Tensor, output: TensorSpec) -> torch.Tensor:

@@ -170,6 +170,19 @@ def _patch_float(path: Path, key: str, value: float) -> None:
     path.write_bytes(bytes(content))
 
 
+def test_patterns_of_windows_and_rotary_factors_must_fit(tmp_path: Path) -> None:
+    gemma = tiny.make(tmp_path / "g", "gemma3")
+    path = convert(gemma, tmp_path / "g.gguf", "gemma3", tokens=False, attention__sliding_window_pattern=2)
+    assert open_checkpoint(str(path)).config["layer_types"] == [
+        "sliding_attention", "full_attention", "sliding_attention"]
+    for pattern in ([True, False], 9):
+        path = convert(gemma, tmp_path / "g.gguf", "gemma3", tokens=False, attention__sliding_window_pattern=pattern)
+        refused(path, "sliding_window_pattern does not tell of 3 layers")
+    factors = {f"rope_factors_{name}.weight": np.ones(5, np.float32) for name in ("long", "short")}
+    refused(convert(tiny.make(tmp_path / "p", "phi3"), tmp_path / "p.gguf", "phi3", tokens=False, extra=factors),
+            "rope_factors_short.weight has no value for each of 8 frequencies")
+
+
 def test_unknown_frequencies_are_refused(llama: Path, tmp_path: Path) -> None:
     extra = {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}
     refused(convert(llama, tmp_path / "m.gguf", "llama", tokens=False, extra=extra), "rope_freqs.weight follow no")

@@ -153,6 +153,32 @@ def test_rotary_settings_come_back(tmp_path: Path, name: str) -> None:
         assert ours.get(key) == (pytest.approx(meant, rel=1e-6) if key == "factor" else meant), key
 
 
+def test_biases_and_heads_of_another_size_come_back(tmp_path: Path) -> None:
+    """Biases of q and k move with their rows."""
+    original = tiny.make(tmp_path / "hf", "llama", num_hidden_layers=1, head_dim=32, attention_bias=True, mlp_bias=True)
+    tensors = load_file(original / "model.safetensors")
+    export(original, tmp_path / "m.gguf")
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    bias = tensors["model.layers.0.self_attn.q_proj.bias"].float()
+    assert stored["blk.0.attn_q.bias"].tolist() == bias.reshape(4, 2, 16).swapaxes(1, 2).flatten().tolist()
+    back = open_model(str(tmp_path / "m.gguf"))
+    assert back.config["head_dim"] == 32 and back.config["attention_bias"] and back.config["mlp_bias"]
+    assert set(back.specs) == set(tensors)
+    assert all(torch.equal(back.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_the_pattern_of_windows_is_told_where_llama_cpp_would_guess_wrong(tmp_path: Path) -> None:
+    key = "gemma3.attention.sliding_window_pattern"
+    for layers, kinds in ((6, None), (3, ["full_attention", "sliding_attention", "sliding_attention"])):
+        settings = {"num_hidden_layers": layers, "layer_types": kinds or [
+            "sliding_attention"] * 5 + ["full_attention"]}
+        original = tiny.make(tmp_path / f"hf{layers}", "gemma3", **settings)
+        export(original, tmp_path / f"{layers}.gguf")
+        reader = GGUFReader(tmp_path / f"{layers}.gguf")
+        assert (value(reader, key) if key in reader.fields else None) == (kinds and [False, True, True])
+        assert open_model(str(tmp_path / f"{layers}.gguf")).config["layer_types"] == settings["layer_types"]
+
+
 # The writer by itself
 
 
