@@ -48,12 +48,16 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` of specs, contiguous on the CPU; a quantized weight is decoded to the model's dtype."""
         linear = self._linear_of(name)
-        if linear is None:
-            return self.checkpoint.read(name)
+        return self.checkpoint.read(name) if linear is None else self.decoded(linear).to(self.dtype)
+
+    def decoded(self, linear_name: str) -> torch.Tensor:
+        """float32 [N, K] of a linear, quantized or not, before any rounding to the model's dtype."""
+        if linear_name not in self._linears:
+            return self.checkpoint.read(f"{linear_name}.weight").float()
         assert self.format is not None
-        scheme, shape = self._linears[linear]
-        dense = self.format.dequantize(linear, self._read_stored, scheme, shape, self._stored_config)
-        return dense.to(self.dtype)
+        scheme, shape = self._linears[linear_name]
+        dense: torch.Tensor = self.format.dequantize(linear_name, self._read_stored, scheme, shape, self._stored_config)
+        return dense
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start .. stop of a 2-D tensor; of a quantized one the whole is decoded first."""
@@ -69,6 +73,12 @@ class Source:
         assert self.format is not None
         scheme, shape = self._linears[linear_name]
         return self.format.unpack(linear_name, self._read_stored, scheme, shape, self._stored_config)
+
+    def obstacle(self, linear_name: str) -> str | None:
+        """Why the codes of a quantized linear cannot be kept as they are in another format, or None."""
+        ask = getattr(self.format, "obstacle", None)
+        scheme, shape = self._linears[linear_name]
+        return ask(linear_name, self._read_stored, scheme, shape, self._stored_config) if ask else None
 
     def cache_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Attention module -> float32 [1] scales of the keys and values that it keeps; empty where there are none.
@@ -137,7 +147,7 @@ def model_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> t
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("quantization_config", "compression_config")
+    keys = formats.QUANTIZATION_KEYS
     plain = {key: value for key, value in config.items() if key not in keys}
     if isinstance(plain.get("text_config"), Mapping):
         plain["text_config"] = {key: value for key, value in plain["text_config"].items() if key not in keys}

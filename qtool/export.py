@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, formats, found, inspect, manifest
+from qtool import card, formats, found, inspect, manifest, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
-from qtool.models import skeleton
 from qtool.recipe import Scheme
-from qtool.tensors import FLOATING, TensorSpec
+from qtool.tensors import TensorSpec
 from qtool.workspace import Workspace, refuse_existing, storage_error
 
 DENSE = "hf"
@@ -31,19 +30,23 @@ SHARD_BYTES = 4_000_000_000
 
 @dataclass(frozen=True)
 class Export:
-    """What will be written. schemes: of every linear in the target (none for dense weights)."""
+    """What will be written."""
 
     source: Source
     target: ModuleType
     out: Path
-    schemes: dict[str, Scheme]
-    skipped: tuple[str, ...]
+    transfer: transfer.Transfer
     outputs: tuple[TensorSpec, ...]
     record: dict[str, Any] | None
 
     @property
     def dense(self) -> bool:
         return self.target.NAME == DENSE
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Of every linear in the target; none for dense weights."""
+        return self.transfer.schemes
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -58,12 +61,11 @@ def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     """Raises InputError (or a class below it) when `to` cannot hold what the source holds, before any work."""
     target = formats.load(to)
     _refuse_pointless(source, target)
-    schemes = {} if target.NAME == DENSE else _schemes(source, target)
-    skipped = _skipped(source, schemes) if schemes else ()
+    how = (transfer.Transfer({}, (), source.dtype, source.dtype) if target.NAME == DENSE
+           else transfer.plan(source, target))
     where = out or Path(f"{source.name}-{target.NAME}")
     refuse_existing(where)
-    return Export(source, target, where, schemes, skipped, tuple(_outputs(source, target, schemes)),
-                  inspect.record_of(source))
+    return Export(source, target, where, how, tuple(_outputs(source, target, how)), inspect.record_of(source))
 
 
 def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     identity = {"export": job.target.NAME, "qtool": qtool.__version__,
                 "source": {"name": job.source.name, "files": job.source.hashes()}}
     with Workspace(job.out, identity) as work, torch.inference_mode():
-        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES))
+        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None))
         names = list(job.source.specs)
         for done, name in enumerate(names):
             step(done, len(names), name)
@@ -101,58 +103,11 @@ def _refuse_pointless(source: Source, target: ModuleType) -> None:
         raise InputError(f"{source.origin} holds plain weights already; there is nothing to export")
 
 
-def _schemes(source: Source, target: ModuleType) -> dict[str, Scheme]:
-    """Every linear must fit the target, its scales in the target's dtype without any change."""
-    dtype = target.scale_dtype(source.dtype)
-    for linear, scheme in source.schemes.items():
-        reason = target.check(scheme, linear, source.specs[linear + ".weight"].shape)
-        if reason:
-            raise InputError(f"{reason} (or --to hf, which keeps dense weights)")
-    reason = target.check_together(source.schemes)
-    if reason:
-        raise InputError(reason)
-    inexact = [(linear, value) for linear, value in _inexact(source, dtype) if value is not None]
-    if inexact:
-        linear, value = inexact[0]
-        stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
-        raise InputError(
-            f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
-            f"{target.NAME} for this model, cannot hold exactly (first: {value:.9g} in {linear}), so the export would "
-            f"change the weights; quantize the original with --format {target.NAME}, or use --to hf")
-    return dict(source.schemes)
-
-
-def _inexact(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, float | None]]:
-    """Each linear with its first scale that `dtype` cannot hold, or None. Reads nothing but the scales."""
-    for linear, scheme in source.schemes.items():
-        if not found.load("grids", scheme.grid).FREE_SCALES:  # stored as the grid has them, in every format
-            continue
-        scale = source.checkpoint.read(_scale_spec(source, linear).name)
-        changed = scale.to(dtype).double() != scale.double()
-        yield linear, float(scale[changed][0]) if bool(changed.any()) else None
-
-
-def _scale_spec(source: Source, linear: str) -> TensorSpec:
-    """The one floating tensor among those of a quantized linear, as the file has it."""
-    assert source.format is not None
-    names = (f"{linear}.{suffix}" for suffix in source.format.SUFFIXES)
-    stored = source.checkpoint.specs
-    return next(stored[name] for name in names if name in stored and stored[name].dtype in FLOATING)
-
-
-def _skipped(source: Source, schemes: dict[str, Scheme]) -> tuple[str, ...]:
-    """The linears of the architecture that are not quantized, by module name; formats must name them."""
-    bones = skeleton.build(source.directory, source.config, source.specs)
-    every = [name for index in range(len(bones.blocks)) for name in bones.block_linears(index)]
-    every += [*([bones.head] if bones.head else []), *bones.routers]
-    return tuple(name for name in every if bones.source(name + ".weight").removesuffix(".weight") not in schemes)
-
-
-def _outputs(source: Source, target: ModuleType, schemes: dict[str, Scheme]) -> Iterator[TensorSpec]:
+def _outputs(source: Source, target: ModuleType, how: transfer.Transfer) -> Iterator[TensorSpec]:
     for name, spec in source.specs.items():
         linear = name.removesuffix(".weight")
-        if linear != name and linear in schemes:
-            yield from target.layout(linear, spec.shape, schemes[linear], source.dtype)
+        if linear != name and linear in how.schemes:
+            yield from target.layout(linear, spec.shape, how.schemes[linear], how.dtype)
         else:
             yield spec
 
@@ -162,9 +117,9 @@ def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
     quantized = job.source.read_quantized(linear)
     scheme = job.schemes[linear]
     if found.load("grids", scheme.grid).FREE_SCALES:
-        quantized = replace(quantized, scale=quantized.scale.to(job.target.scale_dtype(job.source.dtype)))
+        quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
     quantized = replace(quantized, symmetric=scheme.symmetric)
-    for name, tensor in job.target.pack(linear, quantized, job.source.dtype).items():
+    for name, tensor in job.target.pack(linear, quantized, job.transfer.dtype).items():
         writer.write(name, tensor)
     shape = job.source.specs[linear + ".weight"].shape
     again = job.target.unpack(linear, writer.read_back, scheme, shape)
@@ -189,8 +144,9 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     if not job.dense:
         steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
-        config["quantization_config"] = job.target.config(job.schemes, list(job.skipped), steps)
-        extra = job.target.extra_files(config["quantization_config"])
+        said = job.target.config(job.schemes, list(job.transfer.skipped), steps)
+        config = formats.with_quantization(config, job.target, said)
+        extra = job.target.extra_files(said)
     try:
         for path in job.source.companions():
             shutil.copyfile(path, work.folder / path.name)
@@ -216,7 +172,7 @@ def _record(job: Export) -> dict[str, Any]:
     known = {layer["stored"]: layer for layer in (before or {}).get("layers", [])}
     for linear in [name for name in known if name in source.schemes] or list(source.schemes):
         scheme, shape = source.schemes[linear], source.specs[linear + ".weight"].shape
-        specs = job.target.layout(linear, shape, scheme, source.dtype)
+        specs = job.target.layout(linear, shape, scheme, job.transfer.dtype)
         told = known.get(linear, {"name": linear, "stored": linear, "relative_error": None, "weight_error": None,
                                   "sqnr_db": None, "tokens": 0})
         layers.append({**told, "shape": list(shape), "scheme": scheme.model_dump(),
@@ -225,7 +181,7 @@ def _record(job: Export) -> dict[str, Any]:
     made = before or {"schema": manifest.SCHEMA, "qtool": qtool.__version__, "recipe": None, "calibration": None,
                       "versions": {}, "source": {"name": source.name, "origin": source.origin,
                                                  "files": source.hashes()}}
-    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
+    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.transfer.skipped]
     sizes = manifest.totals(layers, parameters, sum(spec.nbytes for spec in job.outputs),
                             (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
     return {**made, "exported_from": {"format": inspect.stored_name(source), "qtool": qtool.__version__,

@@ -78,7 +78,8 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
 def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: calibration.CalibrationTokens | None,
               work: Workspace) -> dict[str, Any]:
     """Everything once the schemes are known."""
-    writer = ShardWriter(work.folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
+    shards = plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9))
+    writer = ShardWriter(work.folder, shards, getattr(plan.format, "METADATA", None))
     done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
     progress.start(plan.blocks, done)
     job = Job(checkpoint, plan, writer, progress)
@@ -331,8 +332,7 @@ def _config(job: Job) -> dict[str, Any]:
     quantization = plan.format.config(schemes, skipped, steps)
     if plan.recipe.kv_cache:
         quantization = plan.format.with_kv_cache(quantization)
-    if quantization:  # dense weights have none
-        config["quantization_config"] = quantization
+    config = formats.with_quantization(config, plan.format, quantization)
     if plan.recipe.dtype != "auto":
         config["dtype"] = plan.recipe.dtype
         config.pop("torch_dtype", None)

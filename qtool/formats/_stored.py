@@ -15,6 +15,7 @@ from qtool.tensors import QuantizedTensor, TensorSpec, group_count
 
 Read = Callable[[str], torch.Tensor]  # raises KeyError for a tensor that is not there
 PACKABLE_BITS = (2, 3, 4, 8)
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def expect(where: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], sh
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The quantization_config inside a config.json (also where a multimodal config keeps it); {} when there is none."""
+    """The quantization_config inside a config.json (also where a multimodal config keeps it); {} when there is none.
+
+    MLX calls it "quantization" too.
+    """
     if "quant_method" in config:
         return config
     for holder in (config, config.get("text_config")):
         if isinstance(holder, Mapping):
-            for key in ("quantization_config", "compression_config"):
+            for key in QUANTIZATION_KEYS:
                 if isinstance(holder.get(key), Mapping):
                     return holder[key]
     return {}

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import decode, manifest
-from qtool.inspect import dense
 from tests import tiny
 from tests.cli.conftest import SMALL, Run
 
@@ -52,7 +51,7 @@ def test_asymmetric_and_mixed_bits_go_over_too(run: Run, rtn: Path, tmp_path: Pa
     assert status == 0 and any("gptq_v2" in note for note in json.loads(out)["notes"])
     source, exported = decode.open_model(str(rtn)), decode.open_model(str(tmp_path / "g"))
     assert source.schemes == exported.schemes
-    assert all(torch.equal(dense(source, linear), dense(exported, linear)) for linear in source.schemes)
+    assert all(torch.equal(source.decoded(linear), exported.decoded(linear)) for linear in source.schemes)
 
 
 def test_dense_weights_load_in_transformers(run: Run, gptq: Path, tmp_path: Path) -> None:
