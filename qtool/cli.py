@@ -45,6 +45,7 @@ from qtool.options import (
     Quiet,
     RecipeName,
     Reference,
+    Requantize,
     Restart,
     Samples,
     Seed,
@@ -199,9 +200,14 @@ def evaluate(
     _show(result, "evaluated", json, quiet)
 
 
-@app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = False, quiet: Quiet = False) -> None:
+@app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"
+                    "qtool export ./Qwen3-8B-awq --to mlx --requantize int4-g64")
+def export(path: Checkpoint, to: Target, requantize: Requantize = None, out: ExportOut = None, json: Json = False,
+           quiet: Quiet = False) -> None:
     """Write a quantized checkpoint in another format, with the same codes and scales."""
+    if requantize is not None:
+        _show(_requantized(path, to, requantize, out, json or quiet), "exported", json, quiet)
+        return
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
         from qtool.decode import open_model
@@ -212,6 +218,16 @@ def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = Fal
     with console.steps("exporting", json or quiet) as step:
         result = exporting.run(job, step)
     _show(result, "exported", json, quiet)
+
+
+def _requantized(path: str, to: str, how: str, out: Any, quiet: bool) -> dict[str, Any]:
+    with console.working(f"reading {path}", quiet):
+        from qtool import requantize
+        from qtool.decode import open_model
+
+        job = requantize.make(open_model(path), to, how, out)
+    with console.progress(quiet) as progress:
+        return requantize.run(job, progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -317,9 +333,11 @@ def _unquantized(model: str) -> Any:
     checkpoint = open_checkpoint(model)
     quantization = formats.quantization_config(checkpoint.config)
     if quantization:
-        raise InputError(f"{model} is quantized already ({quantization.get('quant_method', 'unknown method')}); start "
-                         "from the original model, or make dense weights of it first with: qtool export "
-                         f"{model} --to hf")
+        known = formats.recognise(checkpoint.config)
+        method = quantization.get("quant_method") or (known.NAME if known else "unknown method")
+        raise InputError(f"{model} is quantized already ({method}); start from the original model, round it again into "
+                         f"another format with: qtool export {model} --to FORMAT --requantize RECIPE, or make dense "
+                         f"weights of it first with: qtool export {model} --to hf")
     return checkpoint
 
 

@@ -88,8 +88,8 @@ class Source:
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         first, second = getattr(self.format, "KV_SCALES", ("", ""))
         for name in self.checkpoint.specs if first else ():
-            module, _, last = name.rpartition(".")
-            if last == first and f"{module}.{second}" in self.checkpoint.specs:
+            module = name.removesuffix(f".{first}")
+            if module != name and f"{module}.{second}" in self.checkpoint.specs:
                 keys, values = (self.checkpoint.read(f"{module}.{one}").float().reshape(-1) for one in (first, second))
                 if any(one.numel() != 1 or not 0 < float(one) < float("inf") for one in (keys, values)):
                     raise CheckpointError(f"{module}: {first} and {second} are not positive; the file is damaged")
@@ -109,6 +109,14 @@ class Source:
     def close(self) -> None:
         self.checkpoint.close()
 
+    def as_checkpoint(self) -> Checkpoint:
+        """The dense view as what every recipe reads; origin and hashes are those of the files."""
+        def fetch(name: str, start: int | None, stop: int | None) -> torch.Tensor:
+            return self.read(name) if start is None or stop is None else self.read_rows(name, start, stop)
+
+        return Checkpoint(self.origin, self.name, self.kind, self.config, self.directory, self.specs, fetch,
+                          self.hashes)
+
     def _linear_of(self, name: str) -> str | None:
         linear = name.removesuffix(".weight")
         return linear if linear != name and linear in self._linears else None
@@ -123,7 +131,7 @@ class Source:
         packed = {f"{linear}.{suffix}" for linear in self._linears for suffix in suffixes}
         beside = getattr(self.format, "KV_SCALES", ())  # for engines; no parameters of the model
         specs = {name: spec for name, spec in self.checkpoint.specs.items()
-                 if name not in packed and name.rpartition(".")[2] not in beside}
+                 if name not in packed and not name.endswith(tuple(f".{one}" for one in beside))}
         for linear, (_, shape) in self._linears.items():
             specs[f"{linear}.weight"] = TensorSpec(f"{linear}.weight", self.dtype, shape)
         return dict(sorted(specs.items()))
@@ -154,15 +162,19 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
 def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json; old GPTQ checkpoints keep their quantization_config in a quantize_config.json beside it."""
-    beside = checkpoint.directory / "quantize_config.json"
-    if _without_quantization(checkpoint.config) != checkpoint.config or not beside.is_file():
+    """config.json; old GPTQ, AWQ and ModelOpt checkpoints keep their quantization_config in a file beside it."""
+    there = [name for name in BESIDE if (checkpoint.directory / name).is_file()]
+    if _without_quantization(checkpoint.config) != checkpoint.config or not there:
         return checkpoint.config
+    beside = checkpoint.directory / there[0]
     try:
         found = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{beside} cannot be read as JSON ({error}); fetch the file again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{beside} holds no JSON object; fetch the file again")
-    return {"quant_method": "gptq", **found}
+    return {"quant_method": BESIDE[beside.name], **found}

@@ -21,11 +21,12 @@ from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
-from qtool.tensors import TensorSpec
+from qtool.tensors import INPUT_SCALE, TensorSpec
 from qtool.workspace import Workspace, refuse_existing, storage_error
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
+NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Export:
     @property
     def lost(self) -> tuple[str, ...]:
         """What of the source the output will not have."""
-        if not self.source.cache_scales():
+        if not self.source.cache_scales() or self.transfer.attentions:
             return ()
         return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
                 "quantize the original again",)
@@ -82,13 +83,16 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
                 _convert(job, writer, linear)
             else:
                 _copy(job, writer, name)
+        for attention, scales in (job.source.cache_scales() if job.transfer.attentions else {}).items():
+            for spec, scale in zip(job.target.kv_scales(attention), scales, strict=True):
+                writer.write(spec.name, scale.reshape(spec.shape))
         step(len(names), len(names), "naming and hashing the files")
         writer.finish()
         result = _finish(job, work)
     return {
         "schema": inspect.SCHEMA, "out": str(job.out), "from": inspect.stored_name(job.source),
         "format": job.target.NAME, "linears": len(job.schemes or job.source.schemes), "lossless": not job.dense,
-        "checked": _checked(job), "source_bytes": inspect.stored_bytes(job.source),
+        "requantized": None, "checked": _checked(job), "source_bytes": inspect.stored_bytes(job.source),
         "weight_bytes": result["totals"]["weight_bytes"], "notes": _notes(job), "outputs": result["outputs"],
     }
 
@@ -110,6 +114,8 @@ def _outputs(source: Source, target: ModuleType, how: transfer.Transfer) -> Iter
             yield from target.layout(linear, spec.shape, how.schemes[linear], how.dtype)
         else:
             yield spec
+    for attention in how.attentions:
+        yield from target.kv_scales(attention)
 
 
 def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
@@ -124,7 +130,8 @@ def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
     shape = job.source.specs[linear + ".weight"].shape
     again = job.target.unpack(linear, writer.read_back, scheme, shape)
     decode: Callable[..., torch.Tensor] = found.load("grids", scheme.grid).decode
-    if not torch.equal(decode(again), decode(quantized)):
+    before, after = (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1) for one in (quantized, again))
+    if not torch.equal(decode(again), decode(quantized)) or not torch.equal(before, after):
         raise VerificationError(f"{linear}: its values in {writer.folder} differ from those in {job.source.origin}; "
                                 "the disk or the memory of this machine may be faulty")
 
@@ -145,6 +152,7 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
     if not job.dense:
         steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
         said = job.target.config(job.schemes, list(job.transfer.skipped), steps)
+        said = job.target.with_kv_cache(said) if job.transfer.attentions else said
         config = formats.with_quantization(config, job.target, said)
         extra = job.target.extra_files(said)
     try:

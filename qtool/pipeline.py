@@ -134,7 +134,7 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     ranges = stream.ranges(block, stage)
     if stage.attention is not None and ranges.kv is not None:
         for spec, scale in zip(plan.format.kv_scales(stage.attention), ranges.kv, strict=True):
-            job.writer.write(spec.name, scale.reshape(1))
+            job.writer.write(spec.name, scale.reshape(spec.shape))
     stream.begin(block, stage, ranges.inputs)
     records: list[dict[str, Any]] = []
     for group, stats in _collected(plan, stage, stream):

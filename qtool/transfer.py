@@ -16,7 +16,7 @@ from qtool.decode import Source
 from qtool.errors import InputError
 from qtool.models import outline, skeleton
 from qtool.recipe import Scheme
-from qtool.tensors import FLOATING, TensorSpec
+from qtool.tensors import FLOATING, INPUT_SCALE, TensorSpec
 
 OTHERWISE = "(or --to hf, which keeps dense weights, or --requantize RECIPE, which rounds them again)"
 
@@ -26,13 +26,15 @@ class Transfer:
     """How the target holds the source.
 
     schemes: of every quantized linear.  skipped: the other linears.  dtype: for layout and pack, the model's, or
-    float32 where the scales need it.  scale_dtype: of the scales that are packed.
+    float32 where the scales need it.  scale_dtype: of the scales that are packed.  attentions: whose scales of cached
+    keys and values go over.
     """
 
     schemes: dict[str, Scheme]
     skipped: tuple[str, ...]
     dtype: torch.dtype
     scale_dtype: torch.dtype
+    attentions: tuple[str, ...] = ()
 
 
 def plan(source: Source, target: ModuleType) -> Transfer:
@@ -53,7 +55,8 @@ def plan(source: Source, target: ModuleType) -> Transfer:
     wide = _needs_float32(source, target)
     dtype = torch.float32 if wide else source.dtype
     return Transfer(dict(source.schemes), tuple(name for name in linears.every if name not in source.schemes), dtype,
-                    torch.float32 if wide else target.scale_dtype(source.dtype))
+                    torch.float32 if wide else target.scale_dtype(source.dtype),
+                    tuple(source.cache_scales()) if hasattr(target, "kv_scales") else ())
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def _free_scales(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     for linear, scheme in source.schemes.items():
         if found.load("grids", scheme.grid).FREE_SCALES:  # others are stored as the grid has them, in every format
             yield linear, source.checkpoint.read(_scale_spec(source, linear).name)
+            if scheme.activations == "tensor":
+                yield linear, source.checkpoint.read(f"{linear}.{INPUT_SCALE}")
 
 
 def _scale_spec(source: Source, linear: str) -> TensorSpec:

@@ -42,14 +42,22 @@ class Stored:
 
     def quantized(self, linear_name: str, scheme: Scheme) -> QuantizedTensor:
         """The same as a QuantizedTensor; CheckpointError when the groups are not runs of equal length."""
-        if self.group_index is not None:
-            runs = bool((self.group_index.diff() >= 0).all())
-            reason = "its groups are not all of one length" if runs else "its columns are in activation order (g_idx)"
-            raise CheckpointError(f"{linear_name}: {reason}, so its codes cannot be kept as they are; "
-                                  "read it as dense weights instead (qtool export --to hf, or quantize it again)")
+        reason = order_obstacle(self.group_index)
+        if reason:
+            raise CheckpointError(f"{linear_name}: {reason}; read it as dense weights instead (qtool export --to hf, "
+                                  "or --requantize)")
         symmetric = scheme.symmetric and bool((self.zero_point == 1 << (scheme.bits - 1)).all())
         group_size = self.codes.shape[1] // self.scale.shape[1]
         return QuantizedTensor(self.codes, self.scale, self.zero_point, scheme.bits, group_size, symmetric)
+
+
+def order_obstacle(index: torch.Tensor | None) -> str | None:
+    """Why codes whose columns belong to these groups cannot be kept as they are in another format, or None."""
+    if index is None:
+        return None
+    runs = bool((index.diff() >= 0).all())
+    reason = "its groups are not all of one length" if runs else "its columns are in activation order (g_idx)"
+    return f"{reason}, so its codes cannot be kept as they are"
 
 
 def contiguous_or(index: torch.Tensor, columns: int, groups: int) -> torch.Tensor | None:

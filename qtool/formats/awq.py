@@ -40,6 +40,7 @@ NAME = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS, PER_WORD = 4, 8
+ALL_EIGHT = 0x88888888 - (1 << 32)  # as int32
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 LOADERS = (
     ("GPTQModel", "from gptqmodel import GPTQModel\nmodel = GPTQModel.load(\"DIR\")\n"
@@ -130,7 +131,10 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
             read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
-    """Scheme and [N, K] of every quantized linear, from config.json and the headers; raises CheckpointError."""
+    """Scheme and [N, K] of every quantized linear, from config.json, the headers and, with `read`, the zero points.
+
+    Raises CheckpointError.
+    """
     said = quantization_config(config)
     version, bits = str(said.get("version", "gemm")).lower(), said.get("bits", said.get("w_bit"))
     if version != "gemm" or bits != BITS:
@@ -143,8 +147,10 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
         if len(words) != 2 or scales is None or len(scales.shape) != 2 or scales.shape[1] != words[1] * PER_WORD:
             raise CheckpointError(f"{name}: qweight {list(words)} and scales do not fit each other; "
                                   "the file is damaged")
-        # a file cannot say that a grid is symmetric: its zero points would
-        found[name] = scheme_of(name, BITS, size, False), (words[1] * PER_WORD, words[0])
+        # config.json cannot say that a grid is symmetric: its zero points do
+        zeros = read(f"{name}.qzeros") if read is not None else None
+        symmetric = zeros is not None and bool((zeros == ALL_EIGHT).all())
+        found[name] = scheme_of(name, BITS, size, symmetric), (words[1] * PER_WORD, words[0])
     if not found:
         raise CheckpointError("config.json says AWQ, but no tensor is called *.qweight; fetch the model again")
     return found

@@ -18,20 +18,21 @@ import torch
 
 from qtool.errors import CheckpointError
 from qtool.formats import _ct_float, _ct_int8, _ct_pack
-from qtool.formats._stored import Read, expect, quantization_config, stored_linears
+from qtool.formats._stored import Read, expect, order_obstacle, quantization_config, stored_linears
 from qtool.formats._targets import fused_conflicts, patterns
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec
 
 __all__ = [
     "KV_SCALES", "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files",
-    "fused_conflicts", "kv_scales", "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
-    "with_kv_cache",
+    "fused_conflicts", "kv_scales", "layout", "notes", "obstacle", "pack", "recognises", "scale_dtype", "schemes",
+    "unpack", "with_kv_cache",
 ]
 NAME = "compressed-tensors"
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
             "weight_global_scale", "input_scale")
 KV_SCALES = ("k_scale", "v_scale")
+WIDER = {"fp8": (torch.float32,)}
 FORMS = {"pack-quantized": _ct_pack, "int-quantized": _ct_int8, "float-quantized": _ct_float,
          "naive-quantized": _ct_float, "nvfp4-pack-quantized": _ct_float, "mxfp4-pack-quantized": _ct_float}
 LOADERS = (
@@ -88,7 +89,8 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
     """The tensors that layout announced. Raises NumericalError for a scale that is not finite."""
     tensors: dict[str, torch.Tensor] = _keeper(tensor.grid, tensor.activations).pack(linear_name, tensor)
     if INPUT_SCALE in tensor.extra:
-        tensors[f"{linear_name}.{INPUT_SCALE}"] = tensor.extra[INPUT_SCALE]
+        dtype = tensor.extra[INPUT_SCALE].dtype if model_dtype is None else model_dtype
+        tensors[f"{linear_name}.{INPUT_SCALE}"] = tensor.extra[INPUT_SCALE].to(dtype)
     return tensors
 
 
@@ -106,6 +108,17 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     if not 0 < float(scale) < float("inf"):
         raise CheckpointError(f"{where} is {float(scale)}, not a positive number; the file is damaged")
     return replace(tensor, extra={**tensor.extra, INPUT_SCALE: scale})
+
+
+def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+             config: Mapping[str, Any] | None = None) -> str | None:
+    """Why the codes cannot be kept as they are in another format: an order of columns, a scale of NVFP4 for the whole
+    matrix that has no inverse; or None."""
+    if scheme.grid == "nvfp4":
+        return _ct_float.obstacle(linear_name, read)
+    if _kept_by(scheme) is not _ct_pack:
+        return None
+    return order_obstacle(_ct_pack.index_of(linear_name, read, scheme, shape[1], config is not None))
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],

@@ -28,6 +28,7 @@ from qtool.formats._stored import (
     Stored,
     expect,
     group_index,
+    order_obstacle,
     packable,
     quantization_config,
     refuse,
@@ -133,6 +134,12 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     return _stored(linear_name, read, scheme, shape, config).quantized(linear_name, scheme)
 
 
+def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+             config: Mapping[str, Any] | None = None) -> str | None:
+    """Why the codes cannot be kept as they are in another format: an order of columns; or None."""
+    return order_obstacle(_index(linear_name, read, scheme, shape))
+
+
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K], whatever the order of the columns."""
@@ -202,20 +209,26 @@ def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]
     rows, columns = shape
     bits, top = scheme.bits, (1 << scheme.bits) - 1
     size = columns if scheme.group_size == -1 else int(scheme.group_size)
-    groups = -(-columns // size)
-    zero_words = -(-rows * bits // 32)
+    groups, zero_words = -(-columns // size), -(-rows * bits // 32)
     where = [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
     words = expect(where[0], read(where[0]), (torch.int32,), (columns * bits // 32, rows))
     zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, zero_words))
     scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))
     form = _convention(quantization_config(config)) if config is not None else "gptq" if scheme.symmetric else "gptq_v2"
     zero_point = ops.unpack_bits(zeros, bits, rows).int() + (form == "gptq")
-    try:
-        index = group_index(where[3], read(where[3]), columns, groups)
-    except KeyError:  # some writers leave out what is no order
-        index = running_index(columns, groups, size)
+    index = _index(linear_name, read, scheme, shape)
     codes = ops.unpack_bits(words, bits, columns, transposed=True)
     return Stored(codes.T.contiguous(), scale.T.contiguous(), (zero_point & top).to(torch.uint8).T.contiguous(), index)
+
+
+def _index(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor | None:
+    columns, where = shape[1], f"{linear_name}.g_idx"
+    size = columns if scheme.group_size == -1 else int(scheme.group_size)
+    groups = -(-columns // size)
+    try:
+        return group_index(where, read(where), columns, groups)
+    except KeyError:  # some writers leave out what is no order
+        return running_index(columns, groups, size)
 
 
 def _scheme(linear_name: str, quantization: Mapping[str, Any],
