@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from pathlib import Path
@@ -13,14 +14,19 @@ from qtool.errors import RecipeError
 
 def names(folder: str) -> list[str]:
     """The members of qtool/<folder>, as users type them (file compressed_tensors.py is compressed-tensors)."""
+    return list(_names(folder))
+
+
+@functools.cache
+def _names(folder: str) -> tuple[str, ...]:
     path = Path(__file__).parent / folder
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
-                  if not module.name.startswith("_"))
+    return tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
+                        if not module.name.startswith("_")))
 
 
 def load(folder: str, name: str) -> ModuleType:
     """The module of one member. Raises RecipeError with the nearest name for an unknown one."""
-    known = names(folder)
+    known = _names(folder)
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""

@@ -1,7 +1,7 @@
 """AWQ's "gemm" layout: 4-bit asymmetric groups. GPTQModel, transformers (through it), vLLM, SGLang.
 
 Per linear P of shape [N, K] with G groups along K:
-    P.qweight  int32 [K, N / 8]   eight codes a word along N, nibble i holds column 8 w + ORDER[i]
+    P.qweight  int32 [K, N / 8]   eight codes a word along N: columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble on
     P.qzeros   int32 [G, N / 8]   zero points in the same order, without GPTQ's offset of one
     P.scales   float16 [G, N]
 W[n, k] = (code - zero) * scale. A symmetric grid is written with its zero point, 8.
@@ -38,7 +38,6 @@ __all__ = [
 ]
 NAME = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS, PER_WORD = 4, 8
 ALL_EIGHT = 0x88888888 - (1 << 32)  # as int32
 GROUP_SIZES = (-1, 16, 32, 64, 128)
@@ -92,7 +91,7 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
 def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that float16 cannot hold exactly."""
     scale = packable(linear_name, tensor, torch.float16)
-    return {f"{linear_name}.qweight": _pack(tensor.codes.T), f"{linear_name}.qzeros": _pack(tensor.zero_point.T),
+    return {f"{linear_name}.qweight": _pack(tensor.codes), f"{linear_name}.qzeros": _pack(tensor.zero_point),
             f"{linear_name}.scales": scale.T.contiguous()}
 
 
@@ -157,18 +156,29 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [any, N] -> int32 [any, N / 8]."""
-    rows, columns = codes.shape
-    return ops.pack_bits(codes.reshape(rows, columns // PER_WORD, PER_WORD)[:, :, list(ORDER)].reshape(rows, columns),
-                         BITS)
+    """uint8 [N, any] -> int32 [any, N / 8]."""
+    words = ops.pack_bits(codes, BITS, transposed=True)  # [N / 8, any], nibbles in natural order
+    return (_even_nibbles(words) | _even_nibbles(words >> 4) << 16).T.contiguous()
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
-    rows, columns = words.shape[0], words.shape[1] * PER_WORD
-    codes = ops.unpack_bits(words, BITS, columns).reshape(rows, columns // PER_WORD, PER_WORD)
-    result = torch.empty_like(codes)
-    result[:, :, list(ORDER)] = codes
-    return result.reshape(rows, columns)
+    """int32 [any, N / 8] -> uint8 [N, any]."""
+    words = words.T.contiguous()
+    natural = _spread_nibbles(words & 0xFFFF) | _spread_nibbles(words >> 16 & 0xFFFF) << 4
+    return ops.unpack_bits(natural, BITS, len(words) * PER_WORD, transposed=True)
+
+
+def _even_nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Nibbles 0, 2, 4, 6 of each int32 in its lower half."""
+    words = words & 0x0F0F0F0F
+    words = (words | words >> 4) & 0x00FF00FF
+    return (words | words >> 8) & 0xFFFF
+
+
+def _spread_nibbles(half: torch.Tensor) -> torch.Tensor:
+    """The inverse: four nibbles at the places 0, 2, 4, 6."""
+    half = (half | half << 8) & 0x00FF00FF
+    return (half | half << 4) & 0x0F0F0F0F
 
 
 def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> Stored:
@@ -181,4 +191,4 @@ def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]
     words = expect(where[0], read(where[0]), (torch.int32,), (columns, rows // PER_WORD))
     zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, rows // PER_WORD))
     scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))
-    return Stored(_unpack(words).T.contiguous(), scale.T.contiguous(), _unpack(zeros).T.contiguous())
+    return Stored(_unpack(words), scale.T.contiguous(), _unpack(zeros))

@@ -118,7 +118,8 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
     columns = tensor.codes.shape[1]
     zeros = tensor.zero_point - 1 if tensor.symmetric else tensor.zero_point
     return {
-        f"{linear_name}.qweight": ops.pack_bits(tensor.codes.T, tensor.bits, transposed=True),
+        # packed in rows and turned round as words, of which there are fewer than codes
+        f"{linear_name}.qweight": ops.pack_bits(tensor.codes, tensor.bits).T.contiguous(),
         f"{linear_name}.qzeros": ops.pack_bits(zeros.T, tensor.bits),
         f"{linear_name}.scales": scale.T.contiguous(),
         f"{linear_name}.g_idx": torch.arange(columns, dtype=torch.int32) // (columns // scale.shape[1]),
@@ -217,8 +218,8 @@ def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]
     form = _convention(quantization_config(config)) if config is not None else "gptq" if scheme.symmetric else "gptq_v2"
     zero_point = ops.unpack_bits(zeros, bits, rows).int() + (form == "gptq")
     index = _index(linear_name, read, scheme, shape)
-    codes = ops.unpack_bits(words, bits, columns, transposed=True)
-    return Stored(codes.T.contiguous(), scale.T.contiguous(), (zero_point & top).to(torch.uint8).T.contiguous(), index)
+    codes = ops.unpack_bits(words.T, bits, columns)
+    return Stored(codes, scale.T.contiguous(), (zero_point & top).to(torch.uint8).T.contiguous(), index)
 
 
 def _index(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor | None:
