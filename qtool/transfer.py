@@ -117,7 +117,7 @@ def _free_scales(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
         if found.load("grids", scheme.grid).FREE_SCALES:  # others are stored as the grid has them, in every format
             yield linear, source.checkpoint.read(_scale_spec(source, linear).name)
             if scheme.activations == "tensor":
-                yield linear, source.checkpoint.read(f"{linear}.{INPUT_SCALE}")
+                yield linear, source.read_quantized(linear).extra[INPUT_SCALE]
 
 
 def _scale_spec(source: Source, linear: str) -> TensorSpec:

@@ -130,9 +130,12 @@ def _codes(linear_name: str, words: torch.Tensor, rows: int, columns: int, bits:
 
 def _zero_point(linear_name: str, words: torch.Tensor, rows: int, groups: int, bits: int) -> torch.Tensor:
     where, per_word = f"{linear_name}.weight_zero_point", 32 // bits
-    if words.dtype == torch.int8:  # one per tensor is kept as it is, signed
-        return (expect(where, words.reshape(1, 1), (torch.int8,), (1, 1)).int() + (1 << (bits - 1))).to(
-            torch.uint8).expand(rows, groups).contiguous()
+    if words.dtype == torch.int8:  # kept as they are, signed: by old versions, or one for the whole tensor
+        signed = words.reshape(1, 1).expand(rows, groups) if words.numel() == 1 else words
+        unsigned = expect(where, signed, (torch.int8,), (rows, groups)).int() + (1 << (bits - 1))
+        if bool(((unsigned < 0) | (unsigned >> bits > 0)).any()):
+            raise CheckpointError(f"{where}: a value is no signed number of {bits} bits; the file is damaged")
+        return unsigned.to(torch.uint8)
     loose = -(-rows // per_word)
     if words.shape == (loose, groups) and loose != _words(rows, bits):
         return _codes(linear_name, words.T.contiguous(), groups, rows, bits).T.contiguous()

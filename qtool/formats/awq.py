@@ -98,13 +98,13 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
            config: Mapping[str, Any] | None = None) -> QuantizedTensor:
     """The codes and scales of one linear [N, K]."""
-    return _stored(linear_name, read, scheme, shape).quantized(linear_name, scheme)
+    return _stored(linear_name, read, scheme, shape, config).quantized(linear_name, scheme)
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K]."""
-    return _stored(linear_name, read, scheme, shape).dequantize()
+    return _stored(linear_name, read, scheme, shape, config).dequantize()
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -136,20 +136,22 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
     """
     said = quantization_config(config)
     version, bits = str(said.get("version", "gemm")).lower(), said.get("bits", said.get("w_bit"))
-    if version != "gemm" or bits != BITS:
-        raise CheckpointError(f"config.json: AWQ version {version!r} with {bits} bits: only gemm with 4 bits is read; "
-                              "start from the unquantized model")
+    if version not in ("gemm", "gemv") or bits != BITS:
+        raise CheckpointError(f"config.json: AWQ version {version!r} with {bits} bits: only gemm and gemv with 4 bits "
+                              "are read; start from the unquantized model")
     size = said.get("group_size", said.get("q_group_size", 128))
     found = {}
     for name in stored_linears(specs, "qweight"):
         words, scales = specs[f"{name}.qweight"].shape, specs.get(f"{name}.scales")
-        if len(words) != 2 or scales is None or len(scales.shape) != 2 or scales.shape[1] != words[1] * PER_WORD:
+        rows = words[-1] * PER_WORD if version == "gemm" else words[0]
+        if len(words) != 2 or scales is None or scales.shape[1 if version == "gemm" else 0:][:1] != (rows,):
             raise CheckpointError(f"{name}: qweight {list(words)} and scales do not fit each other; "
                                   "the file is damaged")
         # config.json cannot say that a grid is symmetric: its zero points do
         zeros = read(f"{name}.qzeros") if read is not None else None
         symmetric = zeros is not None and bool((zeros == ALL_EIGHT).all())
-        found[name] = scheme_of(name, BITS, size, symmetric), (words[1] * PER_WORD, words[0])
+        shape = (rows, words[0]) if version == "gemm" else (rows, words[1] * PER_WORD)
+        found[name] = scheme_of(name, BITS, size, symmetric), shape
     if not found:
         raise CheckpointError("config.json says AWQ, but no tensor is called *.qweight; fetch the model again")
     return found
@@ -181,13 +183,28 @@ def _spread_nibbles(half: torch.Tensor) -> torch.Tensor:
     return (half | half << 4) & 0x0F0F0F0F
 
 
-def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> Stored:
+def _gemv(linear_name: str, read: Read, shape: tuple[int, int], groups: int) -> Stored:
+    """The older layout: rows as they are, natural order; zero points and scales padded to whole words and more."""
+    rows, columns = shape
+    words, zeros, scale = (read(f"{linear_name}.{suffix}") for suffix in SUFFIXES)
+    expect(f"{linear_name}.qweight", words, (torch.int32,), (rows, columns // PER_WORD))
+    width = zeros.shape[-1] if zeros.dim() == 2 else 0
+    expect(f"{linear_name}.qzeros", zeros, (torch.int32,), (rows, max(width, -(-groups // PER_WORD))))
+    expect(f"{linear_name}.scales", scale, FLOATING, (rows, width * PER_WORD))
+    return Stored(ops.unpack_bits(words, BITS, columns), scale[:, :groups].contiguous(),
+                  ops.unpack_bits(zeros, BITS, width * PER_WORD)[:, :groups].contiguous())
+
+
+def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+            config: Mapping[str, Any] | None) -> Stored:
     rows, columns = shape
     size = columns if scheme.group_size == -1 else int(scheme.group_size)
     if columns % size:
         raise CheckpointError(f"{linear_name}: groups of {size} do not divide {columns} inputs; config.json belongs to "
                               "another file")
     groups, where = columns // size, [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
+    if str(quantization_config(config or {}).get("version", "gemm")).lower() == "gemv":
+        return _gemv(linear_name, read, shape, groups)
     words = expect(where[0], read(where[0]), (torch.int32,), (columns, rows // PER_WORD))
     zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, rows // PER_WORD))
     scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))

@@ -100,7 +100,8 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
 
     `config`: the config.json they came with, when another program may have written them.
     """
-    tensor: QuantizedTensor = _kept_by(scheme).unpack(linear_name, read, scheme, shape, config is not None)
+    reader = _reader(linear_name, read, scheme)
+    tensor: QuantizedTensor = reader.unpack(linear_name, read, scheme, shape, config is not None)
     if scheme.activations != "tensor":
         return tensor
     where = f"{linear_name}.{INPUT_SCALE}"
@@ -116,7 +117,7 @@ def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int
     matrix that has no inverse; or None."""
     if scheme.grid == "nvfp4":
         return _ct_float.obstacle(linear_name, read)
-    if _kept_by(scheme) is not _ct_pack:
+    if _reader(linear_name, read, scheme) is not _ct_pack:
         return None
     return order_obstacle(_ct_pack.index_of(linear_name, read, scheme, shape[1], config is not None))
 
@@ -124,7 +125,9 @@ def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K], whatever the order of the columns."""
-    return _kept_by(scheme).dequantize(linear_name, read, scheme, shape, config is not None)
+    reader = _reader(linear_name, read, scheme)
+    decoded: torch.Tensor = reader.dequantize(linear_name, read, scheme, shape, config is not None)
+    return decoded
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -183,7 +186,8 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
         if f"{name}.{_lead(form)}" not in specs:
             raise CheckpointError(f"{name} has a weight_scale but no {_lead(form)} tensor, though config.json says "
                                   f"{form}; the checkpoint is damaged or of a kind that is not read")
-        scheme, shape = FORMS[form].scheme(name, weights, specs, read)
+        keeper = _ct_int8 if form == "naive-quantized" and weights.get("type", "int") == "int" else FORMS[form]
+        scheme, shape = keeper.scheme(name, weights, specs, read)
         found[name] = scheme.model_copy(update={"activations": inputs}), shape
     lost = [name for name in stored_linears(specs, "weight_packed") if name not in found]
     if lost or not found:
@@ -194,6 +198,17 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
 
 def _kept_by(scheme: Scheme) -> ModuleType:
     return _keeper(scheme.grid, scheme.activations is not None)
+
+
+def _reader(linear_name: str, read: Read, scheme: Scheme) -> ModuleType:
+    """The same of what others may have written: integers whose inputs are not rounded, but one a byte."""
+    kept = _kept_by(scheme)
+    if kept is _ct_pack and scheme.bits == 8:
+        try:
+            read(f"{linear_name}.weight_shape")
+        except KeyError:
+            return _ct_int8
+    return kept
 
 
 def _keeper(grid: str, activations: bool) -> ModuleType:

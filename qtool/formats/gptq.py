@@ -137,7 +137,12 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
 
 def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
              config: Mapping[str, Any] | None = None) -> str | None:
-    """Why the codes cannot be kept as they are in another format: an order of columns; or None."""
+    """Why the codes cannot be kept as they are in another format: an order of columns, zero points that config.json
+    denies; or None."""
+    groups = 1 if scheme.group_size == -1 else -(-shape[1] // int(scheme.group_size))
+    middle = 1 << (scheme.bits - 1)
+    if scheme.symmetric and bool((_zeros(linear_name, read, scheme, shape, groups, config) != middle).any()):
+        return "config.json calls it symmetric (sym), but its zero points are not"
     return order_obstacle(_index(linear_name, read, scheme, shape))
 
 
@@ -208,18 +213,25 @@ def _convention(quantization: Mapping[str, Any]) -> str:
 def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
             config: Mapping[str, Any] | None) -> Stored:
     rows, columns = shape
-    bits, top = scheme.bits, (1 << scheme.bits) - 1
+    bits = scheme.bits
     size = columns if scheme.group_size == -1 else int(scheme.group_size)
-    groups, zero_words = -(-columns // size), -(-rows * bits // 32)
+    groups = -(-columns // size)
     where = [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
     words = expect(where[0], read(where[0]), (torch.int32,), (columns * bits // 32, rows))
-    zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, zero_words))
     scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))
-    form = _convention(quantization_config(config)) if config is not None else "gptq" if scheme.symmetric else "gptq_v2"
-    zero_point = ops.unpack_bits(zeros, bits, rows).int() + (form == "gptq")
     index = _index(linear_name, read, scheme, shape)
     codes = ops.unpack_bits(words.T, bits, columns)
-    return Stored(codes, scale.T.contiguous(), (zero_point & top).to(torch.uint8).T.contiguous(), index)
+    zeros = _zeros(linear_name, read, scheme, shape, groups, config)
+    return Stored(codes, scale.T.contiguous(), zeros.T.contiguous(), index)
+
+
+def _zeros(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], groups: int,
+           config: Mapping[str, Any] | None) -> torch.Tensor:
+    """uint8 [G, N]."""
+    rows, where, bits = shape[0], f"{linear_name}.qzeros", scheme.bits
+    zeros = expect(where, read(where), (torch.int32,), (groups, -(-rows * bits // 32)))
+    form = _convention(quantization_config(config)) if config is not None else "gptq" if scheme.symmetric else "gptq_v2"
+    return ((ops.unpack_bits(zeros, bits, rows).int() + (form == "gptq")) & ((1 << bits) - 1)).to(torch.uint8)
 
 
 def _index(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor | None:
