@@ -49,6 +49,7 @@ from qtool.options import (
     Quiet,
     RecipeName,
     Reference,
+    Requantize,
     Restart,
     Samples,
     Seed,
@@ -203,15 +204,20 @@ def evaluate(
     _show(result, "evaluated", json, quiet)
 
 
-@app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(path: Checkpoint, to: Target, out: ExportOut = None, type: GgufType = None, imatrix: Imatrix = None,
-           accuracy_level: AccuracyLevel = None, dtype: GraphDtype = None, json: Json = False,
+@app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"
+                    "qtool export ./Qwen3-8B-awq --to mlx --requantize int4-g64\n\n"
+                    "qtool export Qwen/Qwen3-8B --to gguf --type q4_k_m")
+def export(path: Checkpoint, to: Target, requantize: Requantize = None, out: ExportOut = None, type: GgufType = None,
+           imatrix: Imatrix = None, accuracy_level: AccuracyLevel = None, dtype: GraphDtype = None, json: Json = False,
            quiet: Quiet = False) -> None:
     """Write a quantized checkpoint in another format, with the same codes and scales; or any as GGUF or ONNX."""
     for name, given, target in (("--type", type, "gguf"), ("--imatrix", imatrix, "gguf"),
                                 ("--accuracy-level", accuracy_level, "onnx"), ("--dtype", dtype, "onnx")):
         if given is not None and to != target:
             raise InputError(f"{name} is for --to {target}, not {to}; leave it out")
+    if requantize is not None:
+        _show(_requantized(path, to, requantize, out, json or quiet), "exported", json, quiet)
+        return
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
         from qtool import export_gguf, export_onnx
@@ -227,6 +233,16 @@ def export(path: Checkpoint, to: Target, out: ExportOut = None, type: GgufType =
     with console.steps("exporting", json or quiet) as step:
         result = module.run(job, step)
     _show(result, "exported", json, quiet)
+
+
+def _requantized(path: str, to: str, how: str, out: Any, quiet: bool) -> dict[str, Any]:
+    with console.working(f"reading {path}", quiet):
+        from qtool import requantize
+        from qtool.decode import open_model
+
+        job = requantize.make(open_model(path), to, how, out)
+    with console.progress(quiet) as progress:
+        return requantize.run(job, progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -333,9 +349,11 @@ def _unquantized(model: str) -> Any:
     checkpoint = open_checkpoint(model)
     quantization = formats.quantization_config(checkpoint.config)
     if quantization:
-        raise InputError(f"{model} is quantized already ({quantization.get('quant_method', 'unknown method')}); start "
-                         "from the original model, or make dense weights of it first with: qtool export "
-                         f"{model} --to hf")
+        known = formats.recognise(checkpoint.config)
+        method = quantization.get("quant_method") or (known.NAME if known else "unknown method")
+        raise InputError(f"{model} is quantized already ({method}); start from the original model, round it again into "
+                         f"another format with: qtool export {model} --to FORMAT --requantize RECIPE, or make dense "
+                         f"weights of it first with: qtool export {model} --to hf")
     return checkpoint
 
 

@@ -26,7 +26,8 @@ class Writer(Protocol):
 def open_writer(plan: Plan, folder: Path, name: str) -> Writer:
     """For the outputs of a plan, in `folder`. name: of the model, for formats that name their file after it."""
     if plan.gguf is None:
-        return ShardWriter(folder, plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9)))
+        shards = plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9))
+        return ShardWriter(folder, shards, getattr(plan.format, "METADATA", None))
     from gguf import GGMLQuantizationType, LlamaFileType
 
     from qtool.checkpoint.gguf_writer import GgufWriter

@@ -48,12 +48,16 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` of specs, contiguous on the CPU; a quantized weight is decoded to the model's dtype."""
         linear = self._linear_of(name)
-        if linear is None:
-            return self.checkpoint.read(name)
+        return self.checkpoint.read(name) if linear is None else self.decoded(linear).to(self.dtype)
+
+    def decoded(self, linear_name: str) -> torch.Tensor:
+        """float32 [N, K] of a linear, quantized or not, before any rounding to the model's dtype."""
+        if linear_name not in self._linears:
+            return self.checkpoint.read(f"{linear_name}.weight").float()
         assert self.format is not None
-        scheme, shape = self._linears[linear]
-        dense = self.format.dequantize(linear, self._read_stored, scheme, shape, self._stored_config)
-        return dense.to(self.dtype)
+        scheme, shape = self._linears[linear_name]
+        dense: torch.Tensor = self.format.dequantize(linear_name, self._read_stored, scheme, shape, self._stored_config)
+        return dense
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start .. stop of a 2-D tensor; of a quantized one the whole is decoded first."""
@@ -70,6 +74,12 @@ class Source:
         scheme, shape = self._linears[linear_name]
         return self.format.unpack(linear_name, self._read_stored, scheme, shape, self._stored_config)
 
+    def obstacle(self, linear_name: str) -> str | None:
+        """Why the codes of a quantized linear cannot be kept as they are in another format, or None."""
+        ask = getattr(self.format, "obstacle", None)
+        scheme, shape = self._linears[linear_name]
+        return ask(linear_name, self._read_stored, scheme, shape, self._stored_config) if ask else None
+
     def cache_scales(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Attention module -> float32 [1] scales of the keys and values that it keeps; empty where there are none.
 
@@ -78,8 +88,8 @@ class Source:
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         first, second = getattr(self.format, "KV_SCALES", ("", ""))
         for name in self.checkpoint.specs if first else ():
-            module, _, last = name.rpartition(".")
-            if last == first and f"{module}.{second}" in self.checkpoint.specs:
+            module = name.removesuffix(f".{first}")
+            if module != name and f"{module}.{second}" in self.checkpoint.specs:
                 keys, values = (self.checkpoint.read(f"{module}.{one}").float().reshape(-1) for one in (first, second))
                 if any(one.numel() != 1 or not 0 < float(one) < float("inf") for one in (keys, values)):
                     raise CheckpointError(f"{module}: {first} and {second} are not positive; the file is damaged")
@@ -99,6 +109,14 @@ class Source:
     def close(self) -> None:
         self.checkpoint.close()
 
+    def as_checkpoint(self) -> Checkpoint:
+        """The dense view as what every recipe reads; origin and hashes are those of the files."""
+        def fetch(name: str, start: int | None, stop: int | None) -> torch.Tensor:
+            return self.read(name) if start is None or stop is None else self.read_rows(name, start, stop)
+
+        return Checkpoint(self.origin, self.name, self.kind, self.config, self.directory, self.specs, fetch,
+                          self.hashes)
+
     def _linear_of(self, name: str) -> str | None:
         linear = name.removesuffix(".weight")
         return linear if linear != name and linear in self._linears else None
@@ -113,7 +131,7 @@ class Source:
         packed = {f"{linear}.{suffix}" for linear in self._linears for suffix in suffixes}
         beside = getattr(self.format, "KV_SCALES", ())  # for engines; no parameters of the model
         specs = {name: spec for name, spec in self.checkpoint.specs.items()
-                 if name not in packed and name.rpartition(".")[2] not in beside}
+                 if name not in packed and not name.endswith(tuple(f".{one}" for one in beside))}
         for linear, (_, shape) in self._linears.items():
             specs[f"{linear}.weight"] = TensorSpec(f"{linear}.weight", self.dtype, shape)
         return dict(sorted(specs.items()))
@@ -137,22 +155,26 @@ def model_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> t
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("quantization_config", "compression_config")
+    keys = formats.QUANTIZATION_KEYS
     plain = {key: value for key, value in config.items() if key not in keys}
     if isinstance(plain.get("text_config"), Mapping):
         plain["text_config"] = {key: value for key, value in plain["text_config"].items() if key not in keys}
     return plain
 
 
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
 def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json; old GPTQ checkpoints keep their quantization_config in a quantize_config.json beside it."""
-    beside = checkpoint.directory / "quantize_config.json"
-    if _without_quantization(checkpoint.config) != checkpoint.config or not beside.is_file():
+    """config.json; old GPTQ, AWQ and ModelOpt checkpoints keep their quantization_config in a file beside it."""
+    there = [name for name in BESIDE if (checkpoint.directory / name).is_file()]
+    if _without_quantization(checkpoint.config) != checkpoint.config or not there:
         return checkpoint.config
+    beside = checkpoint.directory / there[0]
     try:
         found = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{beside} cannot be read as JSON ({error}); fetch the file again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{beside} holds no JSON object; fetch the file again")
-    return {"quant_method": "gptq", **found}
+    return {"quant_method": BESIDE[beside.name], **found}

@@ -1,13 +1,13 @@
 """Rewrites a quantized checkpoint in another format: the same codes, zero points and scales, in other bytes.
 
-Tensor by tensor. Every linear is read back from what was written, decoded by the other format and compared with the
+Tensor by tensor. Every linear is read back from what was written, unpacked by the other format and compared with the
 source bit for bit; a pair of formats that cannot hold the same numbers is refused before anything is written.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,29 +16,28 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, formats, found, inspect, manifest
+from qtool import card, formats, found, inspect, manifest, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
-from qtool.models import skeleton
 from qtool.recipe import Scheme
-from qtool.tensors import FLOATING, TensorSpec
+from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec
 from qtool.workspace import Workspace, refuse_existing, storage_error
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
 WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
+NONE = torch.empty(0)
 
 
 @dataclass(frozen=True)
 class Export:
-    """What will be written. schemes: of every linear in the target (none for dense weights)."""
+    """What will be written."""
 
     source: Source
     target: ModuleType
     out: Path
-    schemes: dict[str, Scheme]
-    skipped: tuple[str, ...]
+    transfer: transfer.Transfer
     outputs: tuple[TensorSpec, ...]
     record: dict[str, Any] | None
 
@@ -47,8 +46,13 @@ class Export:
         return self.target.NAME == DENSE
 
     @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Of every linear in the target; none for dense weights."""
+        return self.transfer.schemes
+
+    @property
     def lost(self) -> tuple[str, ...]:
-        return lost(self.source)
+        return () if self.transfer.attentions else lost(self.source)
 
 
 def lost(source: Source) -> tuple[str, ...]:
@@ -63,12 +67,11 @@ def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     """Raises InputError (or a class below it) when `to` cannot hold what the source holds, before any work."""
     target = formats.load(to)
     _refuse_pointless(source, target)
-    schemes = {} if target.NAME == DENSE else _schemes(source, target)
-    skipped = _skipped(source, schemes) if schemes else ()
+    how = (transfer.Transfer({}, (), source.dtype, source.dtype) if target.NAME == DENSE
+           else transfer.plan(source, target))
     where = out or Path(f"{source.name}-{target.NAME}")
     refuse_existing(where)
-    return Export(source, target, where, schemes, skipped, tuple(_outputs(source, target, schemes)),
-                  inspect.record_of(source))
+    return Export(source, target, where, how, tuple(_outputs(source, target, how)), inspect.record_of(source))
 
 
 def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     identity = {"export": job.target.NAME, "qtool": qtool.__version__,
                 "source": {"name": job.source.name, "files": job.source.hashes()}}
     with Workspace(job.out, identity) as work, torch.inference_mode():
-        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES))
+        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None))
         names = list(job.source.specs)
         for done, name in enumerate(names if WRITTEN not in work.finished else ()):
             step(done, len(names), name)
@@ -85,6 +88,9 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
                 _convert(job, writer, linear)
             else:
                 _copy(job, writer, name)
+        for attention, scales in (job.source.cache_scales() if job.transfer.attentions else {}).items():
+            for spec, scale in zip(job.target.kv_scales(attention), scales, strict=True):
+                writer.write(spec.name, scale.reshape(spec.shape))
         step(len(names), len(names), "naming and hashing the files")
         name_files(work, writer)
         result = _finish(job, work)
@@ -104,7 +110,7 @@ def told(source: Source, out: Path, result: dict[str, Any], linears: int, checke
     """What `qtool export --json` prints, of a finished output with the manifest `result`."""
     return {
         "schema": inspect.SCHEMA, "out": str(out), "from": inspect.stored_name(source), "format": result["format"],
-        "linears": linears, "lossless": checked.startswith("lossless"), "checked": checked,
+        "linears": linears, "lossless": checked.startswith("lossless"), "requantized": None, "checked": checked,
         "source_bytes": inspect.stored_bytes(source), "weight_bytes": result["totals"]["weight_bytes"], "notes": notes,
         "outputs": result["outputs"],
     }
@@ -120,66 +126,15 @@ def _refuse_pointless(source: Source, target: ModuleType) -> None:
         raise InputError(f"{source.origin} holds plain weights already; there is nothing to export")
 
 
-def _schemes(source: Source, target: ModuleType) -> dict[str, Scheme]:
-    """Every linear must fit the target, its scales in the target's dtype without any change."""
-    dtype = target.scale_dtype(source.dtype)
-    for linear, scheme in source.schemes.items():
-        reason = target.check(scheme, linear, source.specs[linear + ".weight"].shape)
-        if reason:
-            raise InputError(f"{reason} (or --to hf, which keeps dense weights)")
-    reason = target.check_together(source.schemes)
-    if reason:
-        raise InputError(reason)
-    refuse_inexact(source, dtype, f"{target.NAME} for this model",
-                   f"quantize the original with --format {target.NAME}, or use --to hf")
-    return dict(source.schemes)
-
-
-def refuse_inexact(source: Source, dtype: torch.dtype, where: str, remedy: str) -> None:
-    """InputError when there are scales that `dtype`, in which `where` keeps scales, cannot hold exactly."""
-    inexact = [(linear, value) for linear, value in _inexact(source, dtype) if value is not None]
-    if inexact:
-        linear, value = inexact[0]
-        stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
-        raise InputError(
-            f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
-            f"{where}, cannot hold exactly (first: {value:.9g} in {linear}), so the export would change the weights; "
-            f"{remedy}")
-
-
-def _inexact(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, float | None]]:
-    """Each linear with its first scale that `dtype` cannot hold, or None. Reads nothing but the scales."""
-    for linear, scheme in source.schemes.items():
-        if not found.load("grids", scheme.grid).FREE_SCALES:  # stored as the grid has them, in every format
-            continue
-        scale = source.checkpoint.read(_scale_spec(source, linear).name)
-        changed = scale.to(dtype).double() != scale.double()
-        yield linear, float(scale[changed][0]) if bool(changed.any()) else None
-
-
-def _scale_spec(source: Source, linear: str) -> TensorSpec:
-    """The one floating tensor among those of a quantized linear, as the file has it."""
-    assert source.format is not None
-    names = (f"{linear}.{suffix}" for suffix in source.format.SUFFIXES)
-    stored = source.checkpoint.specs
-    return next(stored[name] for name in names if name in stored and stored[name].dtype in FLOATING)
-
-
-def _skipped(source: Source, schemes: dict[str, Scheme]) -> tuple[str, ...]:
-    """The linears of the architecture that are not quantized, by module name; formats must name them."""
-    bones = skeleton.build(source.directory, source.config, source.specs)
-    every = [name for index in range(len(bones.blocks)) for name in bones.block_linears(index)]
-    every += [*([bones.head] if bones.head else []), *bones.routers]
-    return tuple(name for name in every if bones.source(name + ".weight").removesuffix(".weight") not in schemes)
-
-
-def _outputs(source: Source, target: ModuleType, schemes: dict[str, Scheme]) -> Iterator[TensorSpec]:
+def _outputs(source: Source, target: ModuleType, how: transfer.Transfer) -> Iterator[TensorSpec]:
     for name, spec in source.specs.items():
         linear = name.removesuffix(".weight")
-        if linear != name and linear in schemes:
-            yield from target.layout(linear, spec.shape, schemes[linear], source.dtype)
+        if linear != name and linear in how.schemes:
+            yield from target.layout(linear, spec.shape, how.schemes[linear], how.dtype)
         else:
             yield spec
+    for attention in how.attentions:
+        yield from target.kv_scales(attention)
 
 
 def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
@@ -187,16 +142,22 @@ def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
     quantized = job.source.read_quantized(linear)
     scheme = job.schemes[linear]
     if found.load("grids", scheme.grid).FREE_SCALES:
-        quantized = replace(quantized, scale=quantized.scale.to(job.target.scale_dtype(job.source.dtype)))
+        quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
     quantized = replace(quantized, symmetric=scheme.symmetric)
-    for name, tensor in job.target.pack(linear, quantized, job.source.dtype).items():
+    for name, tensor in job.target.pack(linear, quantized, job.transfer.dtype).items():
         writer.write(name, tensor)
     shape = job.source.specs[linear + ".weight"].shape
     again = job.target.unpack(linear, writer.read_back, scheme, shape)
-    decode: Callable[..., torch.Tensor] = found.load("grids", scheme.grid).decode
-    if not torch.equal(decode(again), decode(quantized)):
+    if not _same(quantized, again):
         raise VerificationError(f"{linear}: its values in {writer.folder} differ from those in {job.source.origin}; "
                                 "the disk or the memory of this machine may be faulty")
+
+
+def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
+    """Whether codes, zero points and scales are equal, and so every value that they stand for."""
+    pairs = [(one.codes, other.codes), (one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
+             (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1), other.extra.get(INPUT_SCALE, NONE).float())]
+    return all(torch.equal(left, right) for left, right in pairs)
 
 
 def _copy(job: Export, writer: ShardWriter, name: str) -> None:
@@ -213,12 +174,14 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     if not job.dense:
         steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
-        config["quantization_config"] = job.target.config(job.schemes, list(job.skipped), steps)
-        extra = job.target.extra_files(config["quantization_config"])
+        said = job.target.config(job.schemes, list(job.transfer.skipped), steps)
+        said = job.target.with_kv_cache(said) if job.transfer.attentions else said
+        config = formats.with_quantization(config, job.target, said)
+        extra = job.target.extra_files(said)
     sizes = {linear: sum(spec.nbytes for spec in job.target.layout(linear, job.source.specs[linear + ".weight"].shape,
-                                                                   scheme, job.source.dtype))
+                                                                   scheme, job.transfer.dtype))
              for linear, scheme in job.source.schemes.items()}
-    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.skipped]
+    kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.transfer.skipped]
     made = record(job.source, job.record, job.target.NAME, sizes, sum(spec.nbytes for spec in job.outputs), kept)
     return finish(work, job.source, {"config.json": config, **extra}, made, job.target.LOADERS)
 
@@ -276,7 +239,7 @@ def _checked(job: Export) -> str:
     if job.dense:
         dtype = inspect.dtype_name(job.source.dtype)
         return f"every tensor was read back; quantized weights are rounded to {dtype}, the type of the model"
-    return "lossless: every quantized weight was decoded from both and compared bit for bit"
+    return "lossless: codes, zero points and scales of every linear were read back and compared bit for bit"
 
 
 def _notes(job: Export) -> list[str]:

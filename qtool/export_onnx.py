@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import export, inspect
+from qtool import export, inspect, transfer
 from qtool.checkpoint.writer import Shard, ShardWriter
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -60,7 +60,7 @@ def make_export(source: Source, out: Path | None = None, accuracy_level: int | N
     if computed not in DTYPES:
         raise InputError(f"--dtype of an ONNX graph is {' or '.join(DTYPES)}, not {computed}")
     if source.schemes and computed != "float32":
-        export.refuse_inexact(source, DTYPES[computed], f"an ONNX graph in {computed}", "leave --dtype out")
+        transfer.refuse_inexact(source, DTYPES[computed], f"an ONNX graph in {computed}", "leave --dtype out")
     decoder = decoders.describe(source.directory, source.config, source.specs)
     where = out or Path(f"{source.name}-{NAME}")
     refuse_existing(where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from pathlib import Path
@@ -16,10 +17,15 @@ COLLECTIONS = {"grids": "ggml"}  # files with many members, which are objects in
 
 def names(folder: str) -> list[str]:
     """The members of qtool/<folder>, as users type them (file compressed_tensors.py is compressed-tensors)."""
+    return list(_names(folder))
+
+
+@functools.cache
+def _names(folder: str) -> tuple[str, ...]:
     path, collection = Path(__file__).parent / folder, COLLECTIONS.get(folder)
     files = {module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
              if not module.name.startswith("_") and module.name != collection}
-    return sorted(files | set(_collected(folder)))
+    return tuple(sorted(files | set(_collected(folder))))
 
 
 def _collected(folder: str) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def load(folder: str, name: str) -> ModuleType:
     if name in _collected(folder):
         member: ModuleType = _collected(folder)[name]
         return member
-    known = names(folder)
+    known = _names(folder)
     if name not in known:
         close = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""

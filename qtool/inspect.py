@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import found, manifest, ops, quality
+from qtool import manifest, ops, quality
 from qtool.decode import Source
 from qtool.errors import CheckpointError, InputError, ModelError
 from qtool.recipe import Scheme
@@ -137,7 +137,7 @@ def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step
         row, weight = names[name], original.float()
         if row.get("rescaled"):  # scaled or rotated, the inverse lies in another tensor: no like for like
             continue
-        error = quality.weight_error(weight, weight - dense(source, row["stored"]))
+        error = quality.weight_error(weight, weight - source.decoded(row["stored"]))
         row["recorded_weight_error"] = row["weight_error"]
         row["weight_error"] = float(f"{error:.6g}")
         row["weight_sqnr_db"] = quality.sqnr_db(error)
@@ -170,17 +170,6 @@ def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) ->
             problems.append(f"{row['stored']}: its weight error is {now:g}, but the manifest says {before:g}; the "
                             "original is another model, or the file was changed")
     return problems
-
-
-def dense(source: Source, linear: str) -> torch.Tensor:
-    """float32 [N, K] that the codes stand for, before any rounding to the model's dtype."""
-    if linear not in source.schemes:
-        return source.read(linear + ".weight").float()
-    try:
-        quantized = source.read_quantized(linear)
-    except CheckpointError:  # columns in activation order have no QuantizedTensor; read() knows them
-        return source.read(linear + ".weight").float()
-    return found.load("grids", source.schemes[linear].grid).decode(quantized)
 
 
 def stored_bytes(source: Source) -> int:

@@ -52,7 +52,8 @@ Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")
 DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
 KvCache = Annotated[str | None, _recipe_option("fp8: calibrate the scales of a cache of keys and values in FP8.",
                                                "--kv-cache", metavar="TYPE")]
-Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq, fp8 or bitsandbytes (the method's).",
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq, mlx, modelopt, fp8 or bitsandbytes "
+                                              "(the method's).",
                                               "--format", metavar="NAME")]
 Text = Annotated[str | None, _recipe_option(
     "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "
@@ -76,8 +77,11 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, gguf, onnx, or hf (dense weights).",
-                                metavar="FORMAT")]
+Target = Annotated[str, _option("compressed-tensors, gptq, awq, mlx, modelopt, fp8, bitsandbytes, gguf, onnx, or hf "
+                                "(dense).", metavar="FORMAT")]
+Requantize = Annotated[str | None, _option(
+    "Where FORMAT cannot hold the codes: decode them and round again, with a scheme such as int4-g64 or a data-free "
+    "recipe (rtn, nf4, fp8, ...).", metavar="SCHEME|RECIPE")]
 GgufType = Annotated[str | None, _option("With --to gguf: f16, bf16, f32, a mixture of block types such as q4_k_m, or "
                                          "as the source is (auto).", "--type", metavar="TYPE")]
 Imatrix = Annotated[Path | None, _option("llama.cpp's importance matrix, for a --type of block types.", "--imatrix",

@@ -146,7 +146,7 @@ def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: 
     ranges = stream.ranges(block, stage)
     if stage.attention is not None and ranges.kv is not None:
         for spec, scale in zip(plan.format.kv_scales(stage.attention), ranges.kv, strict=True):
-            job.writer.write(spec.name, scale.reshape(1))
+            job.writer.write(spec.name, scale.reshape(spec.shape))
     stream.begin(block, stage, ranges.inputs)
     records: list[dict[str, Any]] = []
     for group, stats in _collected(plan, stage, stream):
@@ -345,8 +345,7 @@ def _config(job: Job) -> dict[str, Any]:
     quantization = plan.format.config(schemes, skipped, steps)
     if plan.recipe.kv_cache:
         quantization = plan.format.with_kv_cache(quantization)
-    if quantization:  # dense weights have none
-        config["quantization_config"] = quantization
+    config = formats.with_quantization(config, plan.format, quantization)
     if plan.recipe.dtype != "auto":
         config["dtype"] = plan.recipe.dtype
         config.pop("torch_dtype", None)

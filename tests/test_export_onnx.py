@@ -23,7 +23,6 @@ from qtool.checkpoint.writer import ShardWriter
 from qtool.cli import main
 from qtool.errors import CheckpointError, InputError, ModelError, OutputError, VerificationError
 from qtool.grids import affine
-from qtool.inspect import dense
 from qtool.onnx_graph import weights
 from qtool.recipe import Rule, Scheme
 from tests import tiny
@@ -108,7 +107,7 @@ def test_every_linear_stands_for_the_weights_of_the_source(one: Any, exported: C
     for linear in source.schemes:
         name = "/" + linear.replace(".self_attn.", ".attn.").replace(".", "/").replace("layers/", "layers.", 1)
         node = nodes[f"{name}/MatMulNBits"]
-        assert np.array_equal(node_weights(node, data), dense(source, linear).numpy())
+        assert np.array_equal(node_weights(node, data), source.decoded(linear).numpy())
         told = {entry.name: entry.i for entry in node.attribute}
         scheme = source.schemes[linear]
         assert len(node.input) == (3 if scheme.symmetric else 4) and told["accuracy_level"] == 0
@@ -184,7 +183,7 @@ def test_a_graph_in_float16(folder: Path, tmp_path: Path) -> None:
     model, data = load(tmp_path / "out"), initializers(tmp_path / "out")
     node = next(node for node in model.graph.node if node.name == "/model/layers.1/mlp/up_proj/MatMulNBits")
     assert data[node.input[2]].dtype == np.float16
-    assert np.array_equal(node_weights(node, data), dense(source, "model.layers.1.mlp.up_proj").numpy())
+    assert np.array_equal(node_weights(node, data), source.decoded("model.layers.1.mlp.up_proj").numpy())
     kinds = {one.type.tensor_type.elem_type for one in (*model.graph.output, *model.graph.input)}
     assert kinds == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
     with pytest.raises(InputError, match="--dtype of an ONNX graph is float32 or float16, not bfloat16"):

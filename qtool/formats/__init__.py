@@ -12,6 +12,12 @@ A format is a module with
     notes(schemes), fused_conflicts(schemes)  what a user should know about who can load the result
     KV_SCALES, kv_scales(attention), with_kv_cache(config)       where scales of cached keys and values have a place
     SUFFIXES, recognises(config), schemes(config, specs, read)   for reading checkpoints, also those of other programs
+and, where the usual does not hold,
+    METADATA                                  what the safetensors files say of themselves
+    CONFIG_KEYS                               the names of the quantization_config in config.json
+    adapted(config)                           the rest of config.json as its readers want it
+    WIDER                                     grid -> dtypes whose values its scales may have too, as float32 tensors
+    obstacle(linear_name, read, scheme, shape, config)           why the codes cannot be kept in another format, or None
 """
 
 from __future__ import annotations
@@ -23,11 +29,14 @@ from typing import Any
 import torch
 
 from qtool import found
-from qtool.formats._stored import quantization_config
+from qtool.formats._stored import QUANTIZATION_KEYS, quantization_config
 from qtool.formats._targets import fused_name, fused_sets
 from qtool.recipe import Scheme
 
-__all__ = ["fused_name", "fused_sets", "load", "names", "quantization_config", "recognise", "stored_bytes"]
+__all__ = [
+    "QUANTIZATION_KEYS", "fused_name", "fused_sets", "load", "names", "quantization_config", "recognise",
+    "stored_bytes", "with_quantization",
+]
 
 
 def names() -> list[str]:
@@ -43,6 +52,12 @@ def load(name: str) -> ModuleType:
 def recognise(config: Mapping[str, Any]) -> ModuleType | None:
     """The format in which a checkpoint with this config.json is stored; None when it is none of ours."""
     return next((module for module in map(load, names()) if module.recognises(config)), None)
+
+
+def with_quantization(config: Mapping[str, Any], format_: ModuleType, said: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the quantization_config `said` ({}: none), as readers of the format look for it."""
+    adapted = getattr(format_, "adapted", dict)(config)
+    return {**adapted, **{key: dict(said) for key in getattr(format_, "CONFIG_KEYS", ("quantization_config",)) if said}}
 
 
 def stored_bytes(format_: ModuleType, linear_name: str, shape: tuple[int, int], scheme: Scheme,

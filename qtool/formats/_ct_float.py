@@ -139,6 +139,15 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                            True, extra, scheme.grid, strategy=scheme.strategy)
 
 
+def obstacle(linear_name: str, read: Read) -> str | None:
+    """Of NVFP4: why formats that multiply where this one divides cannot keep its scales, or None."""
+    divisor = read(f"{linear_name}.weight_global_scale").reshape(-1)
+    if divisor.numel() == 1 and found.load("grids", "nvfp4").multiplier(divisor) is None:
+        return (f"its weight_global_scale, {float(divisor):.9g}, has no float32 inverse that gives every scale again, "
+                "so it cannot be kept exactly")
+    return None
+
+
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], foreign: bool) -> torch.Tensor:
     """float32 [N, K]."""
     decoded: torch.Tensor = found.load("grids", scheme.grid).decode(unpack(linear_name, read, scheme, shape, foreign))

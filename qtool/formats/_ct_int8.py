@@ -3,7 +3,8 @@
 Per linear P of shape [N, K]:
     P.weight        int8 [N, K], our codes less 128
     P.weight_scale  model dtype [N, 1], one per output channel ([1] in files of others: one for the matrix)
-The inputs are rounded at run time, one scale per token: nothing about them is in the file.
+The inputs are rounded at run time, one scale per token: nothing about them is in the file. Others also keep weights in
+this way whose inputs stay as they are, in groups, or with P.weight_zero_point int8.
 Source: compressed_tensors 0.20 compressors/naive_quantized.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qtool import found
 from qtool.errors import CheckpointError
 from qtool.formats._stored import Read, expect, packable, per_row, scheme_of
 from qtool.recipe import Scheme
@@ -55,28 +57,38 @@ def weights(scheme: Scheme) -> dict[str, Any]:
 def scheme(linear_name: str, said: Mapping[str, Any], specs: Mapping[str, TensorSpec],
            read: Read | None) -> tuple[Scheme, tuple[int, int]]:
     """Scheme and [N, K] of a linear, from what its config group says of the weights and from the headers."""
-    shape = specs[f"{linear_name}.weight"].shape
-    if said.get("type", "int") != "int" or said.get("strategy") not in ("channel", "tensor") or len(shape) != 2:
-        raise CheckpointError(f"{linear_name}: int-quantized weights are read with one scale per channel or matrix, "
-                              f"not {said.get('type')} per {said.get('strategy')}")
-    return scheme_of(linear_name, said.get("num_bits", 8), -1, said.get("symmetric", True)), (shape[0], shape[1])
+    shape, strategy = specs[f"{linear_name}.weight"].shape, said.get("strategy")
+    if said.get("type", "int") != "int" or strategy not in ("channel", "tensor", "group") or len(shape) != 2:
+        raise CheckpointError(f"{linear_name}: int-quantized weights are read with one scale per channel, group or "
+                              f"matrix, not {said.get('type')} per {strategy}")
+    size = said.get("group_size") if strategy == "group" else -1
+    kept = scheme_of(linear_name, said.get("num_bits", 8), size, said.get("symmetric", True))
+    if kept.bits != 8 or (kept.group_size != -1 and shape[1] % int(kept.group_size)):
+        raise CheckpointError(f"{linear_name}: int-quantized weights are read with 8 bits in equal groups, not "
+                              f"{kept.label} of {shape[1]} columns")
+    return kept, (shape[0], shape[1])
 
 
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], foreign: bool) -> QuantizedTensor:
     """The codes and scales of one linear [N, K]."""
-    if not scheme.symmetric:
-        raise CheckpointError(f"{linear_name}: int-quantized weights with zero points are not read")
-    rows = shape[0]
-    where = f"{linear_name}.weight_scale"
-    scale = per_row(read(where), rows)
-    expect(where, scale, FLOATING, (rows, 1))
+    rows, columns = shape
+    size = columns if scheme.group_size == -1 else int(scheme.group_size)
+    where, groups = f"{linear_name}.weight_scale", columns // size
+    scale = expect(where, per_row(read(where), rows), FLOATING, (rows, groups))
     stored = expect(f"{linear_name}.weight", read(f"{linear_name}.weight"), (torch.int8,), shape)
-    codes = (stored.to(torch.int16) + MIDDLE).to(torch.uint8)
-    zero_point = torch.full((rows, 1), MIDDLE, dtype=torch.uint8)
-    return QuantizedTensor(codes, scale.contiguous(), zero_point, 8, shape[1], True, activations=True)
+    zero_point = torch.full((rows, groups), MIDDLE, dtype=torch.uint8)
+    if not scheme.symmetric:
+        where = f"{linear_name}.weight_zero_point"
+        zero_point = _unsigned(expect(where, per_row(read(where), rows), (torch.int8,), (rows, groups)))
+    return QuantizedTensor(_unsigned(stored), scale.contiguous(), zero_point, 8, size, scheme.symmetric,
+                           activations=scheme.activations is not None)
+
+
+def _unsigned(signed: torch.Tensor) -> torch.Tensor:
+    return (signed.to(torch.int16) + MIDDLE).to(torch.uint8)
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], foreign: bool) -> torch.Tensor:
     """float32 [N, K]."""
-    tensor = unpack(linear_name, read, scheme, shape, foreign)
-    return (tensor.codes.float() - MIDDLE) * tensor.scale.float()
+    decoded: torch.Tensor = found.load("grids", "affine").decode(unpack(linear_name, read, scheme, shape, foreign))
+    return decoded

@@ -98,20 +98,22 @@ def stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     zero_point = torch.full((rows, groups), 1 << (scheme.bits - 1), dtype=torch.uint8)
     if not scheme.symmetric:
         zero_point = _zero_point(linear_name, read(f"{linear_name}.weight_zero_point"), rows, groups, scheme.bits)
-    index = _foreign_index(linear_name, read, columns, groups) if foreign else None
-    if index is None:
-        index = running_index(columns, groups, size)
-    return Stored(codes, scale.contiguous(), zero_point, index)
+    return Stored(codes, scale.contiguous(), zero_point, index_of(linear_name, read, scheme, columns, foreign))
 
 
-def _foreign_index(linear_name: str, read: Read, columns: int, groups: int) -> torch.Tensor | None:
-    """The weight_g_idx that versions before 0.20 kept for actorder "group"; an entry of -1 says that it is not used."""
-    where = f"{linear_name}.weight_g_idx"
+def index_of(linear_name: str, read: Read, scheme: Scheme, columns: int, foreign: bool) -> torch.Tensor | None:
+    """The group of every column; None when equal runs follow each other.
+
+    Versions before 0.20 kept a weight_g_idx for actorder "group"; an entry of -1 says that it is not used.
+    """
+    size = columns if scheme.group_size == -1 else int(scheme.group_size)
+    groups, where = -(-columns // size), f"{linear_name}.weight_g_idx"
+    running = running_index(columns, groups, size)
     try:
-        tensor = read(where)
+        tensor = read(where) if foreign else None
     except KeyError:
-        return None
-    return None if bool((tensor == -1).any()) else group_index(where, tensor, columns, groups)
+        return running
+    return running if tensor is None or bool((tensor == -1).any()) else group_index(where, tensor, columns, groups)
 
 
 def _codes(linear_name: str, words: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
@@ -128,9 +130,12 @@ def _codes(linear_name: str, words: torch.Tensor, rows: int, columns: int, bits:
 
 def _zero_point(linear_name: str, words: torch.Tensor, rows: int, groups: int, bits: int) -> torch.Tensor:
     where, per_word = f"{linear_name}.weight_zero_point", 32 // bits
-    if words.dtype == torch.int8:  # one per tensor is kept as it is, signed
-        return (expect(where, words.reshape(1, 1), (torch.int8,), (1, 1)).int() + (1 << (bits - 1))).to(
-            torch.uint8).expand(rows, groups).contiguous()
+    if words.dtype == torch.int8:  # kept as they are, signed: by old versions, or one for the whole tensor
+        signed = words.reshape(1, 1).expand(rows, groups) if words.numel() == 1 else words
+        unsigned = expect(where, signed, (torch.int8,), (rows, groups)).int() + (1 << (bits - 1))
+        if bool(((unsigned < 0) | (unsigned >> bits > 0)).any()):
+            raise CheckpointError(f"{where}: a value is no signed number of {bits} bits; the file is damaged")
+        return unsigned.to(torch.uint8)
     loose = -(-rows // per_word)
     if words.shape == (loose, groups) and loose != _words(rows, bits):
         return _codes(linear_name, words.T.contiguous(), groups, rows, bits).T.contiguous()

@@ -15,6 +15,7 @@ from qtool.tensors import QuantizedTensor, TensorSpec, group_count
 
 Read = Callable[[str], torch.Tensor]  # raises KeyError for a tensor that is not there
 PACKABLE_BITS = (2, 3, 4, 8)
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,22 @@ class Stored:
 
     def quantized(self, linear_name: str, scheme: Scheme) -> QuantizedTensor:
         """The same as a QuantizedTensor; CheckpointError when the groups are not runs of equal length."""
-        if self.group_index is not None:
-            runs = bool((self.group_index.diff() >= 0).all())
-            reason = "its groups are not all of one length" if runs else "its columns are in activation order (g_idx)"
-            raise CheckpointError(f"{linear_name}: {reason}, so its codes cannot be kept as they are; "
-                                  "read it as dense weights instead (qtool export --to hf, or quantize it again)")
+        reason = order_obstacle(self.group_index)
+        if reason:
+            raise CheckpointError(f"{linear_name}: {reason}; read it as dense weights instead (qtool export --to hf, "
+                                  "or --requantize)")
         symmetric = scheme.symmetric and bool((self.zero_point == 1 << (scheme.bits - 1)).all())
         group_size = self.codes.shape[1] // self.scale.shape[1]
         return QuantizedTensor(self.codes, self.scale, self.zero_point, scheme.bits, group_size, symmetric)
+
+
+def order_obstacle(index: torch.Tensor | None) -> str | None:
+    """Why codes whose columns belong to these groups cannot be kept as they are in another format, or None."""
+    if index is None:
+        return None
+    runs = bool((index.diff() >= 0).all())
+    reason = "its groups are not all of one length" if runs else "its columns are in activation order (g_idx)"
+    return f"{reason}, so its codes cannot be kept as they are"
 
 
 def contiguous_or(index: torch.Tensor, columns: int, groups: int) -> torch.Tensor | None:
@@ -83,12 +92,15 @@ def expect(where: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], sh
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The quantization_config inside a config.json (also where a multimodal config keeps it); {} when there is none."""
+    """The quantization_config inside a config.json (also where a multimodal config keeps it); {} when there is none.
+
+    MLX calls it "quantization" too.
+    """
     if "quant_method" in config:
         return config
     for holder in (config, config.get("text_config")):
         if isinstance(holder, Mapping):
-            for key in ("quantization_config", "compression_config"):
+            for key in QUANTIZATION_KEYS:
                 if isinstance(holder.get(key), Mapping):
                     return holder[key]
     return {}

@@ -1,7 +1,7 @@
 """AWQ's "gemm" layout: 4-bit asymmetric groups. GPTQModel, transformers (through it), vLLM, SGLang.
 
 Per linear P of shape [N, K] with G groups along K:
-    P.qweight  int32 [K, N / 8]   eight codes a word along N, nibble i holds column 8 w + ORDER[i]
+    P.qweight  int32 [K, N / 8]   eight codes a word along N: columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble on
     P.qzeros   int32 [G, N / 8]   zero points in the same order, without GPTQ's offset of one
     P.scales   float16 [G, N]
 W[n, k] = (code - zero) * scale. A symmetric grid is written with its zero point, 8.
@@ -38,8 +38,8 @@ __all__ = [
 ]
 NAME = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS, PER_WORD = 4, 8
+ALL_EIGHT = 0x88888888 - (1 << 32)  # as int32
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 LOADERS = (
     ("GPTQModel", "from gptqmodel import GPTQModel\nmodel = GPTQModel.load(\"DIR\")\n"
@@ -91,20 +91,20 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
 def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors that layout announced. Raises NumericalError for a scale that float16 cannot hold exactly."""
     scale = packable(linear_name, tensor, torch.float16)
-    return {f"{linear_name}.qweight": _pack(tensor.codes.T), f"{linear_name}.qzeros": _pack(tensor.zero_point.T),
+    return {f"{linear_name}.qweight": _pack(tensor.codes), f"{linear_name}.qzeros": _pack(tensor.zero_point),
             f"{linear_name}.scales": scale.T.contiguous()}
 
 
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
            config: Mapping[str, Any] | None = None) -> QuantizedTensor:
     """The codes and scales of one linear [N, K]."""
-    return _stored(linear_name, read, scheme, shape).quantized(linear_name, scheme)
+    return _stored(linear_name, read, scheme, shape, config).quantized(linear_name, scheme)
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K]."""
-    return _stored(linear_name, read, scheme, shape).dequantize()
+    return _stored(linear_name, read, scheme, shape, config).dequantize()
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -130,49 +130,82 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
             read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
-    """Scheme and [N, K] of every quantized linear, from config.json and the headers; raises CheckpointError."""
+    """Scheme and [N, K] of every quantized linear, from config.json, the headers and, with `read`, the zero points.
+
+    Raises CheckpointError.
+    """
     said = quantization_config(config)
     version, bits = str(said.get("version", "gemm")).lower(), said.get("bits", said.get("w_bit"))
-    if version != "gemm" or bits != BITS:
-        raise CheckpointError(f"config.json: AWQ version {version!r} with {bits} bits: only gemm with 4 bits is read; "
-                              "start from the unquantized model")
+    if version not in ("gemm", "gemv") or bits != BITS:
+        raise CheckpointError(f"config.json: AWQ version {version!r} with {bits} bits: only gemm and gemv with 4 bits "
+                              "are read; start from the unquantized model")
     size = said.get("group_size", said.get("q_group_size", 128))
     found = {}
     for name in stored_linears(specs, "qweight"):
         words, scales = specs[f"{name}.qweight"].shape, specs.get(f"{name}.scales")
-        if len(words) != 2 or scales is None or len(scales.shape) != 2 or scales.shape[1] != words[1] * PER_WORD:
+        rows = words[-1] * PER_WORD if version == "gemm" else words[0]
+        if len(words) != 2 or scales is None or scales.shape[1 if version == "gemm" else 0:][:1] != (rows,):
             raise CheckpointError(f"{name}: qweight {list(words)} and scales do not fit each other; "
                                   "the file is damaged")
-        # a file cannot say that a grid is symmetric: its zero points would
-        found[name] = scheme_of(name, BITS, size, False), (words[1] * PER_WORD, words[0])
+        # config.json cannot say that a grid is symmetric: its zero points do
+        zeros = read(f"{name}.qzeros") if read is not None else None
+        symmetric = zeros is not None and bool((zeros == ALL_EIGHT).all())
+        shape = (rows, words[0]) if version == "gemm" else (rows, words[1] * PER_WORD)
+        found[name] = scheme_of(name, BITS, size, symmetric), shape
     if not found:
         raise CheckpointError("config.json says AWQ, but no tensor is called *.qweight; fetch the model again")
     return found
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [any, N] -> int32 [any, N / 8]."""
-    rows, columns = codes.shape
-    return ops.pack_bits(codes.reshape(rows, columns // PER_WORD, PER_WORD)[:, :, list(ORDER)].reshape(rows, columns),
-                         BITS)
+    """uint8 [N, any] -> int32 [any, N / 8]."""
+    words = ops.pack_bits(codes, BITS, transposed=True)  # [N / 8, any], nibbles in natural order
+    return (_even_nibbles(words) | _even_nibbles(words >> 4) << 16).T.contiguous()
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
-    rows, columns = words.shape[0], words.shape[1] * PER_WORD
-    codes = ops.unpack_bits(words, BITS, columns).reshape(rows, columns // PER_WORD, PER_WORD)
-    result = torch.empty_like(codes)
-    result[:, :, list(ORDER)] = codes
-    return result.reshape(rows, columns)
+    """int32 [any, N / 8] -> uint8 [N, any]."""
+    words = words.T.contiguous()
+    natural = _spread_nibbles(words & 0xFFFF) | _spread_nibbles(words >> 16 & 0xFFFF) << 4
+    return ops.unpack_bits(natural, BITS, len(words) * PER_WORD, transposed=True)
 
 
-def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> Stored:
+def _even_nibbles(words: torch.Tensor) -> torch.Tensor:
+    """Nibbles 0, 2, 4, 6 of each int32 in its lower half."""
+    words = words & 0x0F0F0F0F
+    words = (words | words >> 4) & 0x00FF00FF
+    return (words | words >> 8) & 0xFFFF
+
+
+def _spread_nibbles(half: torch.Tensor) -> torch.Tensor:
+    """The inverse: four nibbles at the places 0, 2, 4, 6."""
+    half = (half | half << 8) & 0x00FF00FF
+    return (half | half << 4) & 0x0F0F0F0F
+
+
+def _gemv(linear_name: str, read: Read, shape: tuple[int, int], groups: int) -> Stored:
+    """The older layout: rows as they are, natural order; zero points and scales padded to whole words and more."""
+    rows, columns = shape
+    words, zeros, scale = (read(f"{linear_name}.{suffix}") for suffix in SUFFIXES)
+    expect(f"{linear_name}.qweight", words, (torch.int32,), (rows, columns // PER_WORD))
+    width = zeros.shape[-1] if zeros.dim() == 2 else 0
+    expect(f"{linear_name}.qzeros", zeros, (torch.int32,), (rows, max(width, -(-groups // PER_WORD))))
+    expect(f"{linear_name}.scales", scale, FLOATING, (rows, width * PER_WORD))
+    return Stored(ops.unpack_bits(words, BITS, columns), scale[:, :groups].contiguous(),
+                  ops.unpack_bits(zeros, BITS, width * PER_WORD)[:, :groups].contiguous())
+
+
+def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+            config: Mapping[str, Any] | None) -> Stored:
     rows, columns = shape
     size = columns if scheme.group_size == -1 else int(scheme.group_size)
     if columns % size:
         raise CheckpointError(f"{linear_name}: groups of {size} do not divide {columns} inputs; config.json belongs to "
                               "another file")
     groups, where = columns // size, [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
+    if str(quantization_config(config or {}).get("version", "gemm")).lower() == "gemv":
+        return _gemv(linear_name, read, shape, groups)
     words = expect(where[0], read(where[0]), (torch.int32,), (columns, rows // PER_WORD))
     zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, rows // PER_WORD))
     scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))
-    return Stored(_unpack(words).T.contiguous(), scale.T.contiguous(), _unpack(zeros).T.contiguous())
+    return Stored(_unpack(words), scale.T.contiguous(), _unpack(zeros))

@@ -139,19 +139,26 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     rows, columns = shape
     if scheme.grid == INT8:
         return _unpack_int8(linear_name, read, shape)
-    size = int(scheme.group_size)
-    if columns % size:
-        raise CheckpointError(f"{linear_name}: its blocks of {size} run across rows of {columns}, so its codes cannot "
-                              "be kept as they are; read it as dense weights instead (qtool export --to hf)")
-    table = expect(f"{linear_name}.weight.quant_map", read(f"{linear_name}.weight.quant_map"), (torch.float32,), (16,))
-    if not torch.equal(table, quant_map(scheme.grid)):
-        raise CheckpointError(f"{linear_name}.weight.quant_map is not the table of {scheme.grid}; read it as dense "
-                              "weights instead (qtool export --to hf)")
+    size, reason = int(scheme.group_size), obstacle(linear_name, read, scheme, shape)
+    if reason:
+        raise CheckpointError(f"{linear_name}: {reason}; read it as dense weights instead (qtool export --to hf)")
     codes = torch.tensor(PATTERNS[scheme.grid]).argsort().to(torch.uint8)
     scale, extra = _scales(linear_name, read, rows * columns // size)
     codes = codes[_patterns(linear_name, read, rows * columns).long()].reshape(shape)
     zero_point = torch.zeros(rows, columns // size, dtype=torch.uint8)
     return QuantizedTensor(codes, scale.reshape(rows, -1), zero_point, 4, size, True, extra, scheme.grid)
+
+
+def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+             config: Mapping[str, Any] | None = None) -> str | None:
+    """Why the codes cannot be kept as they are in another format, or None."""
+    size, where = int(scheme.group_size), f"{linear_name}.weight.quant_map"
+    if scheme.grid == INT8:
+        return None
+    if shape[1] % size:
+        return f"its blocks of {size} run across rows of {shape[1]}, so its codes cannot be kept as they are"
+    table = expect(where, read(where), (torch.float32,), (16,))
+    return None if torch.equal(table, quant_map(scheme.grid)) else f"its quant_map is not the table of {scheme.grid}"
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],

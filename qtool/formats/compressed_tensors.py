@@ -18,20 +18,21 @@ import torch
 
 from qtool.errors import CheckpointError
 from qtool.formats import _ct_float, _ct_int8, _ct_pack
-from qtool.formats._stored import Read, expect, quantization_config, stored_linears
+from qtool.formats._stored import Read, expect, order_obstacle, quantization_config, stored_linears
 from qtool.formats._targets import fused_conflicts, patterns
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec
 
 __all__ = [
     "KV_SCALES", "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files",
-    "fused_conflicts", "kv_scales", "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
-    "with_kv_cache",
+    "fused_conflicts", "kv_scales", "layout", "notes", "obstacle", "pack", "recognises", "scale_dtype", "schemes",
+    "unpack", "with_kv_cache",
 ]
 NAME = "compressed-tensors"
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
             "weight_global_scale", "input_scale")
 KV_SCALES = ("k_scale", "v_scale")
+WIDER = {"fp8": (torch.float32,)}
 FORMS = {"pack-quantized": _ct_pack, "int-quantized": _ct_int8, "float-quantized": _ct_float,
          "naive-quantized": _ct_float, "nvfp4-pack-quantized": _ct_float, "mxfp4-pack-quantized": _ct_float}
 LOADERS = (
@@ -88,7 +89,8 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
     """The tensors that layout announced. Raises NumericalError for a scale that is not finite."""
     tensors: dict[str, torch.Tensor] = _keeper(tensor.grid, tensor.activations).pack(linear_name, tensor)
     if INPUT_SCALE in tensor.extra:
-        tensors[f"{linear_name}.{INPUT_SCALE}"] = tensor.extra[INPUT_SCALE]
+        dtype = tensor.extra[INPUT_SCALE].dtype if model_dtype is None else model_dtype
+        tensors[f"{linear_name}.{INPUT_SCALE}"] = tensor.extra[INPUT_SCALE].to(dtype)
     return tensors
 
 
@@ -98,7 +100,8 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
 
     `config`: the config.json they came with, when another program may have written them.
     """
-    tensor: QuantizedTensor = _kept_by(scheme).unpack(linear_name, read, scheme, shape, config is not None)
+    reader = _reader(linear_name, read, scheme)
+    tensor: QuantizedTensor = reader.unpack(linear_name, read, scheme, shape, config is not None)
     if scheme.activations != "tensor":
         return tensor
     where = f"{linear_name}.{INPUT_SCALE}"
@@ -108,10 +111,23 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     return replace(tensor, extra={**tensor.extra, INPUT_SCALE: scale})
 
 
+def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+             config: Mapping[str, Any] | None = None) -> str | None:
+    """Why the codes cannot be kept as they are in another format: an order of columns, a scale of NVFP4 for the whole
+    matrix that has no inverse; or None."""
+    if scheme.grid == "nvfp4":
+        return _ct_float.obstacle(linear_name, read)
+    if _reader(linear_name, read, scheme) is not _ct_pack:
+        return None
+    return order_obstacle(_ct_pack.index_of(linear_name, read, scheme, shape[1], config is not None))
+
+
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K], whatever the order of the columns."""
-    return _kept_by(scheme).dequantize(linear_name, read, scheme, shape, config is not None)
+    reader = _reader(linear_name, read, scheme)
+    decoded: torch.Tensor = reader.dequantize(linear_name, read, scheme, shape, config is not None)
+    return decoded
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -170,7 +186,8 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
         if f"{name}.{_lead(form)}" not in specs:
             raise CheckpointError(f"{name} has a weight_scale but no {_lead(form)} tensor, though config.json says "
                                   f"{form}; the checkpoint is damaged or of a kind that is not read")
-        scheme, shape = FORMS[form].scheme(name, weights, specs, read)
+        keeper = _ct_int8 if form == "naive-quantized" and weights.get("type", "int") == "int" else FORMS[form]
+        scheme, shape = keeper.scheme(name, weights, specs, read)
         found[name] = scheme.model_copy(update={"activations": inputs}), shape
     lost = [name for name in stored_linears(specs, "weight_packed") if name not in found]
     if lost or not found:
@@ -181,6 +198,17 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
 
 def _kept_by(scheme: Scheme) -> ModuleType:
     return _keeper(scheme.grid, scheme.activations is not None)
+
+
+def _reader(linear_name: str, read: Read, scheme: Scheme) -> ModuleType:
+    """The same of what others may have written: integers whose inputs are not rounded, but one a byte."""
+    kept = _kept_by(scheme)
+    if kept is _ct_pack and scheme.bits == 8:
+        try:
+            read(f"{linear_name}.weight_shape")
+        except KeyError:
+            return _ct_int8
+    return kept
 
 
 def _keeper(grid: str, activations: bool) -> ModuleType:

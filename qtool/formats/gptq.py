@@ -28,6 +28,7 @@ from qtool.formats._stored import (
     Stored,
     expect,
     group_index,
+    order_obstacle,
     packable,
     quantization_config,
     refuse,
@@ -117,7 +118,8 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
     columns = tensor.codes.shape[1]
     zeros = tensor.zero_point - 1 if tensor.symmetric else tensor.zero_point
     return {
-        f"{linear_name}.qweight": ops.pack_bits(tensor.codes.T, tensor.bits, transposed=True),
+        # packed in rows and turned round as words, of which there are fewer than codes
+        f"{linear_name}.qweight": ops.pack_bits(tensor.codes, tensor.bits).T.contiguous(),
         f"{linear_name}.qzeros": ops.pack_bits(zeros.T, tensor.bits),
         f"{linear_name}.scales": scale.T.contiguous(),
         f"{linear_name}.g_idx": torch.arange(columns, dtype=torch.int32) // (columns // scale.shape[1]),
@@ -131,6 +133,17 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
     `config`: the config.json they came with; without it, the convention that pack follows.
     """
     return _stored(linear_name, read, scheme, shape, config).quantized(linear_name, scheme)
+
+
+def obstacle(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
+             config: Mapping[str, Any] | None = None) -> str | None:
+    """Why the codes cannot be kept as they are in another format: an order of columns, zero points that config.json
+    denies; or None."""
+    groups = 1 if scheme.group_size == -1 else -(-shape[1] // int(scheme.group_size))
+    middle = 1 << (scheme.bits - 1)
+    if scheme.symmetric and bool((_zeros(linear_name, read, scheme, shape, groups, config) != middle).any()):
+        return "config.json calls it symmetric (sym), but its zero points are not"
+    return order_obstacle(_index(linear_name, read, scheme, shape))
 
 
 def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
@@ -200,22 +213,35 @@ def _convention(quantization: Mapping[str, Any]) -> str:
 def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
             config: Mapping[str, Any] | None) -> Stored:
     rows, columns = shape
-    bits, top = scheme.bits, (1 << scheme.bits) - 1
+    bits = scheme.bits
     size = columns if scheme.group_size == -1 else int(scheme.group_size)
     groups = -(-columns // size)
-    zero_words = -(-rows * bits // 32)
     where = [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
     words = expect(where[0], read(where[0]), (torch.int32,), (columns * bits // 32, rows))
-    zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, zero_words))
     scale = expect(where[2], read(where[2]), FLOATING, (groups, rows))
+    index = _index(linear_name, read, scheme, shape)
+    codes = ops.unpack_bits(words.T, bits, columns)
+    zeros = _zeros(linear_name, read, scheme, shape, groups, config)
+    return Stored(codes, scale.T.contiguous(), zeros.T.contiguous(), index)
+
+
+def _zeros(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int], groups: int,
+           config: Mapping[str, Any] | None) -> torch.Tensor:
+    """uint8 [G, N]."""
+    rows, where, bits = shape[0], f"{linear_name}.qzeros", scheme.bits
+    zeros = expect(where, read(where), (torch.int32,), (groups, -(-rows * bits // 32)))
     form = _convention(quantization_config(config)) if config is not None else "gptq" if scheme.symmetric else "gptq_v2"
-    zero_point = ops.unpack_bits(zeros, bits, rows).int() + (form == "gptq")
+    return ((ops.unpack_bits(zeros, bits, rows).int() + (form == "gptq")) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def _index(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor | None:
+    columns, where = shape[1], f"{linear_name}.g_idx"
+    size = columns if scheme.group_size == -1 else int(scheme.group_size)
+    groups = -(-columns // size)
     try:
-        index = group_index(where[3], read(where[3]), columns, groups)
+        return group_index(where, read(where), columns, groups)
     except KeyError:  # some writers leave out what is no order
-        index = running_index(columns, groups, size)
-    codes = ops.unpack_bits(words, bits, columns, transposed=True)
-    return Stored(codes.T.contiguous(), scale.T.contiguous(), (zero_point & top).to(torch.uint8).T.contiguous(), index)
+        return running_index(columns, groups, size)
 
 
 def _scheme(linear_name: str, quantization: Mapping[str, Any],

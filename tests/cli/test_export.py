@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import decode, export, manifest
-from qtool.inspect import dense
 from tests import tiny
 from tests.cli.conftest import SMALL, Run
 
@@ -52,7 +51,7 @@ def test_asymmetric_and_mixed_bits_go_over_too(run: Run, rtn: Path, tmp_path: Pa
     assert status == 0 and any("gptq_v2" in note for note in json.loads(out)["notes"])
     source, exported = decode.open_model(str(rtn)), decode.open_model(str(tmp_path / "g"))
     assert source.schemes == exported.schemes
-    assert all(torch.equal(dense(source, linear), dense(exported, linear)) for linear in source.schemes)
+    assert all(torch.equal(source.decoded(linear), exported.decoded(linear)) for linear in source.schemes)
 
 
 def test_dense_weights_load_in_transformers(run: Run, gptq: Path, tmp_path: Path) -> None:
@@ -145,3 +144,31 @@ def test_a_gguf_file_becomes_plain_weights(run: Run, model: Path, tmp_path: Path
     plain, source = load_file(tmp_path / "h" / "model.safetensors"), decode.open_model(str(file))
     assert plain.keys() == source.specs.keys() and all(torch.equal(plain[name], source.read(name)) for name in plain)
     assert "dense weights" in (tmp_path / "h" / "README.md").read_text()
+
+
+def test_another_format_can_be_had_by_rounding_again(run: Run, gptq: Path, tmp_path: Path) -> None:
+    assert run("export", gptq, "--to", "awq", "--out", tmp_path / "a", "--quiet")[0] == 0
+    status, _, err = run("export", tmp_path / "a", "--to", "bitsandbytes", "--out", tmp_path / "x")
+    assert status == 2 and "--requantize RECIPE" in err and "--to hf" in err
+    again = "--to", "bitsandbytes", "--requantize", "nf4"
+    status, out, _ = run("export", tmp_path / "a", *again, "--out", tmp_path / "b", "--json")
+    result = json.loads(out)
+    assert status == 0 and not result["lossless"] and result["requantized"] == "nf4" and result["from"] == "awq"
+    assert run("inspect", tmp_path / "b", "--verify", "--against", gptq)[0] == 0
+    status, _, err = run("quantize", tmp_path / "b", "--method", "rtn", "--out", tmp_path / "y")
+    assert status == 2 and "(bitsandbytes)" in err and "--requantize" in err
+
+
+def test_mlx_says_what_it_is(run: Run, gptq: Path, tmp_path: Path) -> None:
+    """Metadata of the file, both names of the config; and the way back."""
+    from safetensors import safe_open
+
+    assert run("export", gptq, "--to", "mlx", "--out", tmp_path / "m", "--quiet") == (0, "", "")
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "mlx"}
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] and "rope_theta" in config
+    assert "mlx_lm" in (tmp_path / "m" / "README.md").read_text()
+    assert run("inspect", tmp_path / "m", "--verify")[0] == 0
+    status, _, err = run("quantize", tmp_path / "m", "--method", "rtn", "--out", tmp_path / "y")
+    assert status == 2 and "(mlx)" in err

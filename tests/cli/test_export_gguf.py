@@ -59,7 +59,7 @@ def test_what_is_refused_and_what_is_noted(run: Run, model: Path, gptq: Path, tm
     for words, text in (
             (("export", model, "--to", "gguf", "--out", tmp_path / "m.gguf"), "m.gguf exists; remove it or choose"),
             (("export", model, "--to", "gguf", "--type", "q9"), "--type q9: give one of auto, f32, f16, bf16"),
-            (("export", gptq, "--to", "gptq", "--type", "f16"), "--type f16 goes with --to gguf")):
+            (("export", gptq, "--to", "gptq", "--type", "f16"), "--type is for --to gguf, not gptq")):
         status, _, err = run(*words)
         assert status == 2 and text in err and "Traceback" not in err
     windowed = tiny.make(tmp_path / "windowed", "mistral", num_hidden_layers=1)

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import decode, manifest, ops
-from qtool import inspect as inspection
 from tests import tiny
 from tests.cli.conftest import Run
 
@@ -60,7 +59,7 @@ def test_against_measures_the_files(run: Run, model: Path, rtn: Path) -> None:
     assert result["comparison"]["equal_tensors"] == len(original) - len(result["layers"])
     for row in result["layers"]:
         weight = original[row["stored"] + ".weight"].double()
-        error = (weight - inspection.dense(source, row["stored"]).double()).square().sum() / weight.square().sum()
+        error = (weight - source.decoded(row["stored"]).double()).square().sum() / weight.square().sum()
         assert row["weight_error"] == pytest.approx(float(error), rel=1e-4)
         assert row["weight_error"] == pytest.approx(row["recorded_weight_error"], rel=1e-4)
         assert row["sqnr_db"] == pytest.approx(-10 * math.log10(float(error)), abs=1e-2)
@@ -157,8 +156,8 @@ def test_columns_in_activation_order_have_an_error_too(gptq: Path, tmp_path: Pat
     tensors = load_file(tmp_path / "g" / "model.safetensors")
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     source = decode.open_model(str(tmp_path / "g"))
-    codes, weight = source.read_quantized(Q).codes, source.read(f"{Q}.weight")
+    codes, weight = source.read_quantized(Q).codes, source.decoded(Q)
     tensors[f"{Q}.qweight"] = ops.pack_bits(codes[:, order].T.contiguous(), 4, transposed=True)
     tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"][order].contiguous()
     save_file(tensors, tmp_path / "g" / "model.safetensors", {"format": "pt"})
-    assert torch.equal(inspection.dense(decode.open_model(str(tmp_path / "g")), Q), weight[:, order].float())
+    assert torch.equal(decode.open_model(str(tmp_path / "g")).decoded(Q), weight[:, order])

@@ -40,7 +40,7 @@ def test_the_written_config_is_read_again() -> None:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda c, t: c.update(version="gemv"), "gemv"), (lambda c, t: c.update(bits=8), "8 bits"),
+    (lambda c, t: c.update(version="marlin"), "marlin"), (lambda c, t: c.update(bits=8), "8 bits"),
     (lambda c, t: t.pop(f"{NAME}.scales"), "do not fit"), (lambda c, t: t.clear(), "no tensor is called"),
 ])
 def test_what_is_not_read(change: Any, words: str) -> None:

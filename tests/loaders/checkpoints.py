@@ -85,15 +85,16 @@ def build(one: Case, folder: Path, source: Path | None = None) -> Path:
             specs.append(spec)
     out = folder / one.name
     out.mkdir()
-    writer = ShardWriter(out, plan_shards(specs, 1 << 40))
+    writer = ShardWriter(out, plan_shards(specs, 1 << 40), getattr(module, "METADATA", None))
     for name in checkpoint.specs:
         _write(writer, checkpoint.read(name), name, schemes.get(name.removesuffix(".weight")), module, model_dtype,
                one.stretch)
     writer.finish()
     for path in checkpoint.companions():
         shutil.copyfile(path, out / path.name)
-    config = {**checkpoint.config, "quantization_config": module.config(schemes, skipped, ["rtn"])}
-    for name, content in {"config.json": config, **module.extra_files(config["quantization_config"])}.items():
+    said = module.config(schemes, skipped, ["rtn"])
+    config = formats.with_quantization(checkpoint.config, module, said)
+    for name, content in {"config.json": config, **module.extra_files(said)}.items():
         (out / name).write_text(json.dumps(content, indent=1))
     return out
 

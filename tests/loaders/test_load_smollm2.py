@@ -21,6 +21,7 @@ MADE = {
     "compressed-tensors": ["--bits", "4", "--group-size", "64", "--format", "compressed-tensors"],
     "gptq": ["--bits", "4", "--group-size", "64", "--format", "gptq"],
     "awq": ["--bits", "4", "--group-size", "64", "--format", "awq", "--asymmetric"],
+    "mlx": ["--bits", "4", "--group-size", "64", "--format", "mlx"],
     "w8a8": ["--bits", "8", "--group-size", "-1", "--set", "scheme.activations=token"],
 }
 # name: (checkpoint, virtual environment, reader, its settings, largest difference of a logit)
@@ -31,6 +32,7 @@ READERS = {
     "gptqmodel": ("gptq", ".venv-loaders-gptqmodel", "read_with_gptqmodel.py", {}, 0.5),  # float16
     "vllm": ("compressed-tensors", *VLLM, {"dtype": "float32", "tokens": TOKENS}, 1e-3),
     "vllm-gptq": ("gptq", *VLLM, {"dtype": "float16", "tokens": TOKENS}, 0.5),
+    "mlx": ("mlx", ".venv-loaders-mlx", "read_with_mlx.py", {"tokens": TOKENS}, 1e-3),
     "vllm-awq": ("awq", *VLLM, {"dtype": "float16", "tokens": TOKENS}, 0.5),
 }
 if "vnni" in Path("/proc/cpuinfo").read_text():  # without these instructions its int8 products: see test_load_vllm
@@ -86,8 +88,8 @@ def test_other_programs_compute_what_we_decode(reader: str, folder: Path, prompt
     assert torch.equal(theirs.argmax(-1)[sure], ours.argmax(-1)[sure])
 
 
-@pytest.mark.parametrize("reader", [name for name in READERS if name.startswith("vllm")])
-def test_vllm_goes_on_as_our_decode_does(reader: str, folder: Path, prompt: list[int]) -> None:
+@pytest.mark.parametrize("reader", [name for name in READERS if "tokens" in READERS[name][3]])
+def test_engines_go_on_as_our_decode_does(reader: str, folder: Path, prompt: list[int]) -> None:
     """The same greedy tokens, up to the first that is in doubt: in float16 two tokens may be too close to call."""
     name, *_, limit = READERS[reader]
     ours, lead = greedy(folder / name, folder, prompt, TOKENS)

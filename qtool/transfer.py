@@ -1,0 +1,139 @@
+"""Whether another format can hold exactly what a quantized checkpoint holds: codes, zero points and scales.
+
+Everything is decided before anything is written, from headers and from the small tensors of each linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from qtool import found
+from qtool.decode import Source
+from qtool.errors import InputError
+from qtool.models import outline, skeleton
+from qtool.recipe import Scheme
+from qtool.tensors import FLOATING, INPUT_SCALE, TensorSpec
+
+OTHERWISE = "(or --to hf, which keeps dense weights, or --requantize RECIPE, which rounds them again)"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How the target holds the source.
+
+    schemes: of every quantized linear.  skipped: the other linears.  dtype: for layout and pack, the model's, or
+    float32 where the scales need it.  scale_dtype: of the scales that are packed.  attentions: whose scales of cached
+    keys and values go over.
+    """
+
+    schemes: dict[str, Scheme]
+    skipped: tuple[str, ...]
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    attentions: tuple[str, ...] = ()
+
+
+def plan(source: Source, target: ModuleType) -> Transfer:
+    """Raises InputError, which names a linear, when the target cannot hold it without any change."""
+    linears = _linears(source)
+    outside = [linear for linear in source.schemes if linear not in linears.inside]
+    if outside:
+        raise InputError(f"{outside[0]} is quantized, but {target.NAME} as qtool writes it has only the linears of the "
+                         f"blocks quantized {OTHERWISE}")
+    for linear, scheme in source.schemes.items():
+        reason = target.check(scheme, linear, source.specs[linear + ".weight"].shape)
+        reason = reason or _in_the_way(source, linear)
+        if reason:
+            raise InputError(f"{reason} {OTHERWISE}")
+    reason = target.check_together(source.schemes)
+    if reason:
+        raise InputError(f"{reason} {OTHERWISE}")
+    wide = _needs_float32(source, target)
+    dtype = torch.float32 if wide else source.dtype
+    return Transfer(dict(source.schemes), tuple(name for name in linears.every if name not in source.schemes), dtype,
+                    torch.float32 if wide else target.scale_dtype(source.dtype),
+                    tuple(source.cache_scales()) if hasattr(target, "kv_scales") else ())
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Stored names: of all linears of the architecture, and of those inside the blocks (routers left out)."""
+
+    every: tuple[str, ...]
+    inside: frozenset[str]
+
+
+def _linears(source: Source) -> Linears:
+    described = source.directory, source.config, source.specs
+    bones = outline.build(*described) or skeleton.build(*described)
+    inside = [name for index in range(len(bones.blocks)) for name in bones.block_linears(index)]
+    names = [*inside, *([bones.head] if bones.head else []), *bones.routers]
+    stored = {name: bones.source(name + ".weight").removesuffix(".weight") for name in names}
+    return Linears(tuple(stored[name] for name in names), frozenset(stored[name] for name in inside))
+
+
+def _in_the_way(source: Source, linear: str) -> str | None:
+    reason = source.obstacle(linear)
+    return f"{linear}: {reason}" if reason else None
+
+
+def _needs_float32(source: Source, target: ModuleType) -> bool:
+    """Whether the target must keep scales as float32; InputError when it cannot keep them at all."""
+    usual = target.scale_dtype(source.dtype)
+    inexact: list[tuple[str, float]] = []
+    wide = False
+    for linear, scale in _free_scales(source):
+        wider = getattr(target, "WIDER", {}).get(source.schemes[linear].grid, ())
+        lost = _changed(scale, usual)
+        if lost is not None and any(_changed(scale, dtype) is None for dtype in wider):
+            wide = True
+        elif lost is not None:
+            inexact.append((linear, lost))
+    _refuse(source, inexact, usual, f"{target.NAME} for this model",
+            f"quantize the original with --format {target.NAME} {OTHERWISE}")
+    return wide
+
+
+def refuse_inexact(source: Source, dtype: torch.dtype, where: str, remedy: str) -> None:
+    """InputError when there are scales that `dtype`, in which `where` keeps scales, cannot hold exactly."""
+    changed = [(linear, _changed(scale, dtype)) for linear, scale in _free_scales(source)]
+    _refuse(source, [(linear, value) for linear, value in changed if value is not None], dtype, where, remedy)
+
+
+def _refuse(source: Source, inexact: list[tuple[str, float]], dtype: torch.dtype, where: str, remedy: str) -> None:
+    if inexact:
+        linear, value = inexact[0]
+        stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
+        raise InputError(
+            f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
+            f"{where}, cannot hold exactly (first: {value:.9g} in {linear}), so the export would change the weights; "
+            f"{remedy}")
+
+
+def _changed(scale: torch.Tensor, dtype: torch.dtype) -> float | None:
+    """The first scale that `dtype` cannot hold, or None."""
+    if dtype is scale.dtype:
+        return None
+    changed = scale.to(dtype).double() != scale.double()
+    return float(scale[changed][0]) if bool(changed.any()) else None
+
+
+def _free_scales(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """The scales of the linears whose grid has any value of a dtype as scale; nothing else is read."""
+    for linear, scheme in source.schemes.items():
+        if found.load("grids", scheme.grid).FREE_SCALES:  # others are stored as the grid has them, in every format
+            yield linear, source.checkpoint.read(_scale_spec(source, linear).name)
+            if scheme.activations == "tensor":
+                yield linear, source.read_quantized(linear).extra[INPUT_SCALE]
+
+
+def _scale_spec(source: Source, linear: str) -> TensorSpec:
+    """The scales of a quantized linear: the first floating tensor among its own, as the file has it."""
+    assert source.format is not None
+    names = (f"{linear}.{suffix}" for suffix in source.format.SUFFIXES)
+    stored = source.checkpoint.specs
+    return next(stored[name] for name in names if name in stored and stored[name].dtype in FLOATING)
