@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from qtool.options import (
     ExportOut,
     Format,
     GroupSize,
+    JobsFile,
     Json,
     KvCache,
     Layers,
@@ -42,6 +44,8 @@ from qtool.options import (
     Original,
     Out,
     Outliers,
+    Private,
+    PushTo,
     Quiet,
     RecipeName,
     Reference,
@@ -105,13 +109,13 @@ def quantize(
              "--seed": ("seed", seed)}
     made = _recipe(method, recipe, flags, set_ or [])
     with console.working(f"reading {model}", quiet or json):
-        from qtool import pipeline
+        from qtool import pipeline, prepare
         from qtool.plan import make_plan
 
-        checkpoint = _unquantized(model)
+        checkpoint = prepare.open_source(model)
         plan = make_plan(checkpoint, made, out, device)
     if dry_run:
-        _show(_dry(plan), "plan", json, quiet)
+        _show(prepare.dry_run(checkpoint, plan), "plan", json, quiet)
         return
     for text in (*_without_kernels(), *plan.warnings):
         console.note(f"note: {text}", quiet or json)
@@ -199,9 +203,28 @@ def evaluate(
     _show(result, "evaluated", json, quiet)
 
 
-@app.command(epilog="Example:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq")
-def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = False, quiet: Quiet = False) -> None:
-    """Write a quantized checkpoint in another format, with the same codes and scales."""
+@app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"
+                    "qtool export ./Qwen3-8B-gptq-int4-g128 --push-to me/Qwen3-8B-gptq --private")
+def export(path: Checkpoint, to: Target = None, out: ExportOut = None, push_to: PushTo = None, private: Private = False,
+           json: Json = False, quiet: Quiet = False) -> None:
+    """Write a quantized checkpoint in another format, with the same codes and scales; or upload it."""
+    if to is None and push_to is None:
+        raise InputError("give --to FORMAT, --push-to NAMESPACE/NAME, or both")
+    if (out is not None and to is None) or (private and push_to is None):
+        raise InputError("--out goes with --to, and --private with --push-to")
+    if push_to is not None:
+        from qtool import push
+
+        push.refuse_bad_name(push_to)
+    result: dict[str, Any] = {"schema": 1, "out": path}
+    if to is not None:
+        result = _exported(path, to, out, json, quiet)
+    if push_to is not None:
+        result["pushed"] = push.push(Path(result["out"]), push_to, private, json or quiet)
+    _show(result, "exported" if to else "pushed", json, quiet)
+
+
+def _exported(path: str, to: str, out: Path | None, json: bool, quiet: bool) -> dict[str, Any]:
     with console.working(f"reading {path}", json or quiet):
         from qtool import export as exporting
         from qtool.decode import open_model
@@ -210,8 +233,25 @@ def export(path: Checkpoint, to: Target, out: ExportOut = None, json: Json = Fal
     for text in job.lost:
         console.note(f"note: {text}", json or quiet)
     with console.steps("exporting", json or quiet) as step:
-        result = exporting.run(job, step)
-    _show(result, "exported", json, quiet)
+        return exporting.run(job, step)
+
+
+@app.command(epilog="Examples:\n\nqtool jobs nightly.yaml --dry-run\n\n"
+                    "qtool jobs nightly.yaml --json | jq '.jobs[] | {out, status, message}'")
+def jobs(file: JobsFile, device: Device = "auto", dry_run: DryRun = False,
+         restart: Restart = False, json: Json = False, quiet: Quiet = False) -> None:
+    """Quantize many: a YAML file lists jobs, or models × recipes.
+
+    One that fails does not stop the others; the exit status is then 1. The same command again does what is missing.
+    """
+    from qtool import jobs as batch
+
+    if dry_run:
+        summary = batch.planned(file, device, restart)
+    else:
+        summary = batch.run(file, device, restart, lambda text: console.note(text, json or quiet))
+    _show(summary, "jobs", json, quiet)
+    batch.refuse_failed(summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -227,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _stoppable():
             app(given, prog_name="qtool")
     except Stopped as stop:
-        goes_on = "; finished blocks are kept, the same command goes on from there" if given[:1] == ["quantize"] else ""
+        kept = given[:1] in (["quantize"], ["jobs"])
+        goes_on = "; finished blocks are kept, the same command goes on from there" if kept else ""
         console.error(f"stopped by {signal.Signals(stop.number).name}{goes_on}", "stopped")
         sys.exit(128 + stop.number)
     except Exception as error:
@@ -308,30 +349,6 @@ def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, An
         raise RecipeError(f"{idle[0]} means nothing with a budget, which chooses bits and groups for each linear; "
                           "leave it out, or list what may be chosen under budget.schemes in a recipe")
     return made
-
-
-def _unquantized(model: str) -> Any:
-    from qtool import formats
-    from qtool.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(model)
-    quantization = formats.quantization_config(checkpoint.config)
-    if quantization:
-        raise InputError(f"{model} is quantized already ({quantization.get('quant_method', 'unknown method')}); start "
-                         "from the original model, or make dense weights of it first with: qtool export "
-                         f"{model} --to hf")
-    return checkpoint
-
-
-def _dry(plan: Any) -> dict[str, Any]:
-    """The plan, and what its output directory would meet."""
-    data = plan.to_json()
-    partial = plan.out.with_name(plan.out.name + ".partial")
-    if plan.out.exists():
-        data["warnings"].append(f"{plan.out} exists: a run would refuse to write there")
-    elif partial.exists():
-        data["warnings"].append(f"{partial} exists: a run would go on with it, or refuse it if it is another run's")
-    return data
 
 
 def _inspected(path: str, against: str | None, verify: bool,

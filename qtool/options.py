@@ -25,6 +25,8 @@ Checkpoint = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
                                            help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
 MaybeCheckpoint = Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
                                                        help="A checkpoint: directory, .gguf file or Hub id.")]
+JobsFile = Annotated[Path, typer.Argument(metavar="FILE", show_default=False,
+                                          help="A YAML file; recipes/jobs/example.yaml explains its keys.")]
 Json = Annotated[bool, _option("Print one JSON document on stdout and nothing else.", "--json")]
 Quiet = Annotated[bool, _option("Print nothing but errors.", "--quiet", "-q")]
 Out = Annotated[Path | None, _option("Where to write; must not exist yet (./MODEL-METHOD-SCHEME).", "--out", "-o",
@@ -76,4 +78,7 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, fp8, or hf (dense weights).", metavar="FORMAT")]
+Target = Annotated[str | None, _option("compressed-tensors, gptq, awq, fp8, or hf (dense weights).", metavar="FORMAT")]
+PushTo = Annotated[str | None, _option("Upload the directory, with its model card, to this repository of the Hub.",
+                                       "--push-to", metavar="NAMESPACE/NAME")]
+Private = Annotated[bool, _option("Make that repository a private one.", "--private")]

@@ -62,10 +62,9 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
     _refuse_full_disk(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
-    tokens = _tokens(checkpoint, plan)
-    identity = _identity(checkpoint, plan, tokens)
+    tokens = tokens_of(checkpoint, plan)
     source = rotate.view(checkpoint, plan.rotated)
-    with Workspace(plan.out, identity, restart) as work:
+    with Workspace(plan.out, identity_of(checkpoint, plan, tokens), restart) as work:
         if plan.problem is not None and tokens is not None:
             chosen = sensitivity.allocation(source, plan, tokens.ids, work, progress.message)
             plan = with_schemes(plan, sensitivity.schemes_of(plan, chosen))
@@ -274,14 +273,16 @@ def _read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dic
             yield stage, weights
 
 
-def _tokens(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:
+def tokens_of(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:
+    """The text that a run needs, if it needs any."""
     if not plan.text_samples:
         return None
     return calibration.load_tokens(plan.recipe.calibration, checkpoint.directory, plan.text_samples,
                                    plan.skeleton.vocabulary)
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationTokens | None) -> dict[str, Any]:
+def identity_of(checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationTokens | None) -> dict[str, Any]:
+    """What decides the bytes of a run; reads the whole checkpoint, for its hashes."""
     source = {"name": checkpoint.name, "origin": checkpoint.origin, "files": checkpoint.hashes()}
     used = None
     if tokens is not None:

@@ -242,6 +242,11 @@ def preset(method: str) -> Recipe:
     return parse(_read(found[method]), str(found[method]))
 
 
+def document(path: Path, what: str) -> Any:
+    """The plain data of a YAML file, as strictly read as a recipe. Raises RecipeError, which calls it `what`."""
+    return _yaml(_read(path, what), str(path))
+
+
 def parse(text: str, where: str) -> Recipe:
     """Check the YAML text of a recipe; every complaint names the file, the key and, for a typo, the nearest name."""
     data = _yaml(text, where)
@@ -307,15 +312,16 @@ def _yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, what: str = "recipe file") -> str:
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"{path}: larger than 1 MiB; that is no recipe")
+            raise RecipeError(f"{path}: larger than 1 MiB; that is no {what}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"recipe file {path} does not exist; ready recipes: {', '.join(available())}") from None
+        ready = f"; ready recipes: {', '.join(available())}" if what == "recipe file" else ""
+        raise RecipeError(f"{what} {path} does not exist{ready}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
+        raise RecipeError(f"{what} {path} cannot be read: {error}") from None
 
 
 def _validate(data: dict[str, Any], where: str, text: str = "") -> Recipe:

@@ -294,6 +294,19 @@ def evaluated(data: Mapping[str, Any]) -> RenderableType:
     return stacked(parts)
 
 
+def jobs(data: Mapping[str, Any]) -> RenderableType:
+    """The jobs of a file, a line each, and why some failed (jobs.run)."""
+    lines = data["jobs"]
+    rows = [[line["out"], line["status"], "-" if line["seconds"] is None else span(line["seconds"]),
+             *("-" if line.get(key) is None else size(line[key]) for key in ("peak_memory", "weight_bytes")),
+             percent((line.get("error") or {}).get("median")), percent((line.get("error") or {}).get("worst"))]
+            for line in lines]
+    parts: list[RenderableType] = [
+        table(["output", "status", "time", "peak memory", "size", "median error", "worst"], rows, left=2)]
+    failures = [(line["out"], Text(line["message"], style="red")) for line in lines if line["message"]]
+    return stacked([*parts, *([facts("Failed", failures)] if failures else [])])
+
+
 def exported(data: Mapping[str, Any]) -> RenderableType:
     """The end of an export."""
     rows: list[tuple[str, str | Text]] = [
@@ -302,5 +315,13 @@ def exported(data: Mapping[str, Any]) -> RenderableType:
         ("checked", data["checked"]),
     ]
     rows += [("note", Text(text, style="yellow")) for text in data["notes"]]
+    rows += [("pushed to", data["pushed"]["url"])] if "pushed" in data else []
     what = f"{data['linears']} linears from " if data["linears"] else ""
     return facts(f"Exported {what}{data['from']} to {data['format']}", rows)
+
+
+def pushed(data: Mapping[str, Any]) -> RenderableType:
+    """The end of an upload without an export."""
+    done = data["pushed"]
+    return facts(f"Pushed {data['out']}", [("to", Text(done["url"], style="bold green")),
+                                           ("files", f"{len(done['files'])}, as their manifest has them")])

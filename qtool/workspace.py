@@ -12,12 +12,13 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from qtool import manifest
-from qtool.errors import OutputError, StorageError
+from qtool.errors import CheckpointError, OutputError, StorageError
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
@@ -114,6 +115,29 @@ class Workspace:
                 os.fsync(file.fileno())
         except OSError as error:
             raise storage_error(error, self.folder) from None
+
+
+def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[str]]:
+    """What lies in the output's place: "absent", "unfinished" or "finished", or "other" things; with what differs from
+    a run of this identity (computed where it is needed). A finished output without differences is that run's."""
+    journal = out.with_name(out.name + ".partial") / JOURNAL
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        try:
+            there = manifest.load(out)
+        except CheckpointError as error:
+            return "other", [str(error)]
+        now = json.loads(json.dumps(identity()))
+        changed = manifest.differences({key: there.get(key) for key in now}, now)
+        lost = [f"{name} is missing" for name in there.get("outputs", {}) if not (out / name).is_file()]
+        return ("other", [*changed, *lost]) if changed or lost else ("finished", [])
+    if not journal.is_file():
+        return "absent", []
+    try:
+        with journal.open("rb") as file:
+            before = json.loads(file.readline() or b"{}").get("identity")
+    except (OSError, ValueError) as error:
+        return "unfinished", [f"{journal}: {error}"]
+    return "unfinished", manifest.differences(before, json.loads(json.dumps(identity()))) if before else []
 
 
 def refuse_existing(out: Path) -> None:
