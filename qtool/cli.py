@@ -47,6 +47,7 @@ from qtool.options import (
     Private,
     PushTo,
     Quiet,
+    Ray,
     RecipeName,
     Reference,
     Restart,
@@ -238,7 +239,7 @@ def _exported(path: str, to: str, out: Path | None, json: bool, quiet: bool) -> 
 
 @app.command(epilog="Examples:\n\nqtool jobs nightly.yaml --dry-run\n\n"
                     "qtool jobs nightly.yaml --json | jq '.jobs[] | {out, status, message}'")
-def jobs(file: JobsFile, device: Device = "auto", dry_run: DryRun = False,
+def jobs(file: JobsFile, device: Device = "auto", ray: Ray = None, dry_run: DryRun = False,
          restart: Restart = False, json: Json = False, quiet: Quiet = False) -> None:
     """Quantize many: a YAML file lists jobs, or models × recipes.
 
@@ -249,7 +250,8 @@ def jobs(file: JobsFile, device: Device = "auto", dry_run: DryRun = False,
     if dry_run:
         summary = batch.planned(file, device, restart)
     else:
-        summary = batch.run(file, device, restart, lambda text: console.note(text, json or quiet))
+        with batch.runner(ray) as runner:
+            summary = batch.run(file, device, restart, lambda text: console.note(text, json or quiet), runner)
     _show(summary, "jobs", json, quiet)
     batch.refuse_failed(summary)
 

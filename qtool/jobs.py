@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,19 @@ def planned(path: Path, device: str, restart: bool) -> dict[str, Any]:
     return _summary(path, made.out, entries, began)
 
 
-def run(path: Path, device: str, restart: bool, tell: Tell, runner: Runner = processes.one_by_one) -> dict[str, Any]:
+@contextmanager
+def runner(ray: str | None) -> Iterator[Runner]:
+    """What runs tasks: this machine, one after the other, or the Ray cluster at this address."""
+    if ray is None:
+        yield processes.one_by_one
+        return
+    from qtool import on_ray
+
+    with on_ray.cluster(ray) as there:
+        yield there
+
+
+def run(path: Path, device: str, restart: bool, tell: Tell, runner: Runner) -> dict[str, Any]:
     """Plan all jobs, run those that are missing; returns the summary, which also lies in the folder of the outputs.
 
     Raises RecipeError for a bad jobs file and OutputError for a bad folder; a job that fails is a line of the summary.

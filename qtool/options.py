@@ -82,3 +82,5 @@ Target = Annotated[str | None, _option("compressed-tensors, gptq, awq, fp8, or h
 PushTo = Annotated[str | None, _option("Upload the directory, with its model card, to this repository of the Hub.",
                                        "--push-to", metavar="NAMESPACE/NAME")]
 Private = Annotated[bool, _option("Make that repository a private one.", "--private")]
+Ray = Annotated[str | None, _option("Run on this Ray cluster: auto, or HOST:PORT of its head (here, one by one).",
+                                    metavar="ADDRESS")]

@@ -54,7 +54,7 @@ def run(task: Task) -> Ended:
     began, host = time.monotonic(), socket.gethostname()
     try:
         with tempfile.TemporaryFile() as said, (
-                task.log.open("a+b") if task.log else tempfile.TemporaryFile()) as told:
+                (task.folder / task.log).open("a+b") if task.log else tempfile.TemporaryFile()) as told:
             start = told.seek(0, os.SEEK_END)
             status, peak = _run(task, told if task.log else said, told)
             told.seek(start)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qtool import manifest
+from qtool import lock, manifest
 from qtool.errors import CheckpointError, OutputError, StorageError
 
 JOURNAL = "journal.jsonl"
@@ -42,8 +41,10 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from None
         with contextlib.ExitStack() as held:
-            self._lock()
-            held.callback(os.close, self._descriptor)
+            try:
+                self._refuse_lost = held.enter_context(lock.hold(self.folder / LOCK))
+            except OSError as error:
+                raise OutputError(f"{self.folder} is not writable: {error.strerror}; choose another --out") from None
             if self.restart:
                 self._clear()
             self._read_journal()
@@ -55,7 +56,8 @@ class Workspace:
         self._held.close()
 
     def record(self, stage: str, result: dict[str, Any]) -> None:
-        """Add a finished stage; on return it will not be done again."""
+        """Add a finished stage; on return it will not be done again. Raises OutputError if the lock was lost."""
+        self._refuse_lost()
         self.finished[stage] = result
         self._append({"stage": stage, **result})
 
@@ -69,20 +71,6 @@ class Workspace:
             self.out.rmdir()  # empty, as just checked
         self.folder.rename(self.out)
         sync_folder(self.out.parent)
-
-    def _lock(self) -> None:
-        try:
-            self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = (self.folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-            os.close(self._descriptor)
-            raise OutputError(f"{self.folder} is in use by process {owner}; wait for it or choose another "
-                              "--out") from None
-        except OSError as error:
-            raise OutputError(f"{self.folder} is not writable: {error.strerror}; choose another --out") from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
