@@ -111,7 +111,7 @@ def quantize(
     made = _recipe(method, recipe, flags, set_ or [])
     with console.working(f"reading {model}", quiet or json):
         from qtool import pipeline, prepare
-        from qtool.plan import make_plan
+        from qtool.outputs import make_plan
 
         checkpoint = prepare.open_source(model)
         plan = make_plan(checkpoint, made, out, device)

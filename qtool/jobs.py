@@ -123,7 +123,7 @@ def _listed(data: Any) -> Any:
 def planned(path: Path, device: str, restart: bool) -> dict[str, Any]:
     """Plan every job, in this process; returns the summary, in which those that can run are "waiting"."""
     from qtool import prepare  # it and what it imports take seconds, and memory that a waiting process need not hold
-    from qtool.plan import make_plan
+    from qtool.outputs import make_plan
 
     began, made = time.monotonic(), load(path)
     entries = entries_of(made)

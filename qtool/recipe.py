@@ -154,6 +154,33 @@ class Calibration(Strict):
     batch_tokens: int | None = Field(None, ge=1)
 
 
+def _steps(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError("steps is a list of method names, each with its options: - gptq: {damping: 0.01}")
+    steps = []
+    for entry in value:
+        entry = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise ValueError(f"each step is one name with its options, not {entry!r}")
+        steps.append({name: options or {} for name, options in entry.items()})
+    return tuple(steps)
+
+
+class Output(Strict):
+    """One of several outputs of a run. What is not given here is the recipe's; `name` is its folder's."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    steps: tuple[dict[str, dict[str, Any]], ...] | None = None
+    scheme: Scheme | None = None
+    rules: tuple[Rule, ...] | None = None
+    format: str | None = None
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_step_per_entry(cls, value: Any) -> Any:
+        return None if value is None else _steps(value)
+
+
 class Recipe(Strict):
     """A whole run. `steps` is a list of {name: options}; the options belong to methods/<name>.py."""
 
@@ -170,19 +197,33 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     memory_budget_gb: float = Field(4.0, gt=0)  # activations past this go to a memory-mapped file
     shard_gb: float = Field(4.0, gt=0)
+    outputs: tuple[Output, ...] = ()  # several from one calibration; the stream runs through the first's weights ...
+    propagate: Literal["original"] | None = None  # ... or through the model's own
+
+    @model_validator(mode="after")
+    def _distinct_outputs(self) -> Recipe:
+        names = [one.name for one in self.outputs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of the outputs have one name: {', '.join(names)}")
+        if self.outputs and (self.budget or self.kv_cache):
+            raise ValueError("a budget and kv_cache are for runs with one output; leave them or outputs out")
+        if self.propagate and not self.outputs:
+            raise ValueError("propagate is for a recipe with outputs; leave it out")
+        return self
+
+    def each(self) -> dict[str, Recipe]:
+        """The recipes of the outputs, by name."""
+        made = {}
+        for one in self.outputs:
+            own = {key: value for key in Output.model_fields if (value := getattr(one, key)) is not None}
+            alone = {"outputs": (), "propagate": None, "name": f"{self.name}-{one.name}"}
+            made[one.name] = self.model_copy(update={**own, **alone})
+        return made
 
     @field_validator("steps", mode="before")
     @classmethod
     def _one_step_per_entry(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("steps is a list of method names, each with its options: - gptq: {damping: 0.01}")
-        steps = []
-        for entry in value:
-            entry = {entry: {}} if isinstance(entry, str) else entry
-            if not isinstance(entry, Mapping) or len(entry) != 1:
-                raise ValueError(f"each step is one name with its options, not {entry!r}")
-            steps.append({name: options or {} for name, options in entry.items()})
-        return tuple(steps)
+        return _steps(value)
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -338,7 +379,7 @@ def _complaint(entry: Any, text: str) -> str:
                  if path and content.strip().lstrip("- ").startswith(path[-1] + ":")), "")
     if entry["type"] == "extra_forbidden":
         parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration,
-                                             "budget": Budget}
+                                             "budget": Budget, "outputs": Output}
         model = parts.get(path[0] if len(path) > 1 else "", Recipe)
         return f"unknown key '{key}'{line}{_nearest(path[-1], model.model_fields)}"
     return f"{key}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {entry['input']!r})"

@@ -20,7 +20,7 @@ RANKS = {
     "manifest": 5, "stages": 5, "estimate": 5, "decode": 5, "budget": 5, "rotate": 5, "plan": 5,
     "workspace": 6, "stream": 6, "rescale": 6, "outliers": 6, "card": 6, "report": 6, "sensitivity": 6,
     "pipeline": 7, "inspect": 7, "evaluate": 7, "export": 7, "console": 8, "options": 8, "cli": 9,
-    "processes": 1, "lock": 1, "on_ray": 6, "prepare": 7, "jobs": 7, "push": 7,
+    "processes": 1, "lock": 1, "on_ray": 6, "outputs": 6, "prepare": 6, "jobs": 7, "push": 7,
     "__main__": 10, "__init__": 0,
 }
 SEPARATE = ("methods", "formats", "models", "checkpoint")  # never import each other
