@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from qtool import manifest
 from qtool.checkpoint import HUB_ID
@@ -27,7 +28,7 @@ CARD = "README.md"
 def refuse_bad_name(repository: str) -> None:
     """Raise InputError for what is no NAMESPACE/NAME."""
     try:
-        huggingface_hub.utils.validate_repo_id(repository)
+        validate_repo_id(repository)
     except errors.HFValidationError as error:
         raise InputError(f"--push-to {repository}: {' '.join(str(error).split())}") from None
     if not HUB_ID.fullmatch(repository):
@@ -44,7 +45,10 @@ def verified(folder: Path) -> list[str]:
         raise InputError(f"{folder} is not finished; give the command that makes it again, it goes on where it stopped")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --push-to uploads a directory that qtool wrote")
-    known: Mapping[str, str] = manifest.load(folder)["outputs"]
+    record = manifest.load(folder)
+    if record.get("several"):
+        raise InputError(f"{folder} holds several outputs; push one of them: {folder / record['several'][0]}")
+    known: Mapping[str, str] = record["outputs"]
     wrong = [name for name in sorted(known) if not _is(folder / name, known[name])]
     missing = [name for name in (CARD,) if not (folder / name).is_file()]
     if wrong or missing:
@@ -62,7 +66,7 @@ def push(folder: Path, repository: str, private: bool, quiet: bool = True) -> di
     refuse_bad_name(repository)
     names = verified(folder)
     if quiet:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     api = huggingface_hub.HfApi()
     with _explained(folder, repository):
         url = api.create_repo(repository, private=private or None, exist_ok=True)

@@ -56,6 +56,9 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
     if data["recipe"]["kv_cache"]:
         rows.append(("kv cache", f"{data['recipe']['kv_cache']}, scales for keys and values of every attention"))
     rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
+    for one in (data.get("outputs") or [])[1:]:
+        rows.append(("", f"{one['name']}: the same to {', '.join(one['schemes'])} ({one['format']}), "
+                         f"{one['bits_per_weight']:.4g} bits"))
     if data["budget"]:
         rows += [("budget" if not index else "", line) for index, line in enumerate(_budget(data))]
     rows += [("kept" if not index else "", line) for index, line in enumerate(_kept(data["kept"]))]

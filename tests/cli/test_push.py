@@ -8,6 +8,8 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,17 @@ def test_what_is_not_whole_is_not_sent(damage: Any, status: int, message: str, r
     damage(out)
     got, _, err = run("export", out, "--push-to", NAME)
     assert got == status and message in err and not hub.sent and hub.private is None
+
+
+def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Nothing that another test imported is needed."""
+    done = subprocess.run([sys.executable, "-m", "qtool", "export", str(tmp_path), "--push-to", NAME],
+                          cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and "manifest.json cannot be read" in done.stderr
+
+
+def test_of_several_outputs_one_is_pushed(run: Run, hub: Hub, out: Path) -> None:
+    record = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**record, "several": ["int4", "nf4"]}))
+    status, _, err = run("export", out, "--push-to", NAME)
+    assert status == 2 and f"push one of them: {out / 'int4'}" in err and not hub.sent
