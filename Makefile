@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-loaders test-gpu check bench clean
+.PHONY: help build demo test test-loaders test-ray test-gpu check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,10 @@ test: $(READY)  ## the tests (no network, no GPU)
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
 	bash loaders/setup.sh
 	$(BIN)/python -m pytest -m loaders tests/loaders
+
+test-ray: $(READY)  ## jobs on a local Ray cluster of two nodes, one of them killed
+	bash loaders/setup.sh ray
+	.venv-loaders-ray/bin/python -m pytest -m ray tests/test_jobs_ray.py
 
 test-gpu: $(READY)  ## every op and a small run on an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -36,6 +37,7 @@ from qtool.options import (
     GraphDtype,
     GroupSize,
     Imatrix,
+    JobsFile,
     Json,
     KvCache,
     Layers,
@@ -46,7 +48,10 @@ from qtool.options import (
     Original,
     Out,
     Outliers,
+    Private,
+    PushTo,
     Quiet,
+    Ray,
     RecipeName,
     Reference,
     Requantize,
@@ -110,13 +115,13 @@ def quantize(
              "--seed": ("seed", seed)}
     made = _recipe(method, recipe, flags, set_ or [])
     with console.working(f"reading {model}", quiet or json):
-        from qtool import pipeline
-        from qtool.plan import make_plan
+        from qtool import pipeline, prepare
+        from qtool.outputs import make_plan
 
-        checkpoint = _unquantized(model)
+        checkpoint = prepare.open_source(model)
         plan = make_plan(checkpoint, made, out, device)
     if dry_run:
-        _show(_dry(plan), "plan", json, quiet)
+        _show(prepare.dry_run(checkpoint, plan), "plan", json, quiet)
         return
     for text in (*_without_kernels(), *plan.warnings):
         console.note(f"note: {text}", quiet or json)
@@ -206,43 +211,49 @@ def evaluate(
 
 @app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"
                     "qtool export ./Qwen3-8B-awq --to mlx --requantize int4-g64\n\n"
-                    "qtool export Qwen/Qwen3-8B --to gguf --type q4_k_m")
-def export(path: Checkpoint, to: Target, requantize: Requantize = None, out: ExportOut = None, type: GgufType = None,
-           imatrix: Imatrix = None, accuracy_level: AccuracyLevel = None, dtype: GraphDtype = None, json: Json = False,
+                    "qtool export Qwen/Qwen3-8B --to gguf --type q4_k_m\n\n"
+                    "qtool export ./Qwen3-8B-gptq-int4-g128 --push-to me/Qwen3-8B-gptq --private")
+def export(path: Checkpoint, to: Target = None, requantize: Requantize = None, out: ExportOut = None,
+           type: GgufType = None, imatrix: Imatrix = None, accuracy_level: AccuracyLevel = None,
+           dtype: GraphDtype = None, push_to: PushTo = None, private: Private = False, json: Json = False,
            quiet: Quiet = False) -> None:
-    """Write a quantized checkpoint in another format, with the same codes and scales; or any as GGUF or ONNX."""
-    for name, given, target in (("--type", type, "gguf"), ("--imatrix", imatrix, "gguf"),
-                                ("--accuracy-level", accuracy_level, "onnx"), ("--dtype", dtype, "onnx")):
-        if given is not None and to != target:
-            raise InputError(f"{name} is for --to {target}, not {to}; leave it out")
-    if requantize is not None:
-        _show(_requantized(path, to, requantize, out, json or quiet), "exported", json, quiet)
-        return
-    with console.working(f"reading {path}", json or quiet):
-        from qtool import export as exporting
-        from qtool import export_gguf, export_onnx
-        from qtool.decode import open_model
+    """Write a checkpoint in another format, a quantized one with the same codes and scales; or upload it."""
+    if to is None and push_to is None:
+        raise InputError("give --to FORMAT, --push-to NAMESPACE/NAME, or both")
+    if (out is not None and to is None) or (private and push_to is None):
+        raise InputError("--out goes with --to, and --private with --push-to")
+    if push_to is not None:
+        from qtool import push
 
-        source = open_model(path)
-        module: Any = {"gguf": export_gguf, "onnx": export_onnx}.get(to, exporting)
-        job = (export_gguf.make_export(source, type, out, imatrix) if to == "gguf"
-               else export_onnx.make_export(source, out, accuracy_level, dtype) if to == "onnx"
-               else exporting.make_export(source, to, out))
-    for text in job.lost:
-        console.note(f"note: {text}", json or quiet)
-    with console.steps("exporting", json or quiet) as step:
-        result = module.run(job, step)
-    _show(result, "exported", json, quiet)
+        push.refuse_bad_name(push_to)
+    result: dict[str, Any] = {"schema": 1, "out": path}
+    if to is not None:
+        from qtool import exports
+
+        wanted = exports.Wanted(to, out, requantize, type, imatrix, accuracy_level, dtype)
+        result = exports.exported(path, wanted, json or quiet)
+    if push_to is not None:
+        result["pushed"] = push.push(Path(result["out"]), push_to, private, json or quiet)
+    _show(result, "exported" if to else "pushed", json, quiet)
 
 
-def _requantized(path: str, to: str, how: str, out: Any, quiet: bool) -> dict[str, Any]:
-    with console.working(f"reading {path}", quiet):
-        from qtool import requantize
-        from qtool.decode import open_model
+@app.command(epilog="Examples:\n\nqtool jobs nightly.yaml --dry-run\n\n"
+                    "qtool jobs nightly.yaml --json | jq '.jobs[] | {out, status, message}'")
+def jobs(file: JobsFile, device: Device = "auto", ray: Ray = None, dry_run: DryRun = False,
+         restart: Restart = False, json: Json = False, quiet: Quiet = False) -> None:
+    """Quantize many: a YAML file lists jobs, or models × recipes.
 
-        job = requantize.make(open_model(path), to, how, out)
-    with console.progress(quiet) as progress:
-        return requantize.run(job, progress)
+    One that fails does not stop the others; the exit status is then 1. The same command again does what is missing.
+    """
+    from qtool import jobs as batch
+
+    if dry_run:
+        summary = batch.planned(file, device, restart)
+    else:
+        with batch.runner(ray) as runner:
+            summary = batch.run(file, device, restart, lambda text: console.note(text, json or quiet), runner)
+    _show(summary, "jobs", json, quiet)
+    batch.refuse_failed(summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _stoppable():
             app(given, prog_name="qtool")
     except Stopped as stop:
-        goes_on = "; finished blocks are kept, the same command goes on from there" if given[:1] == ["quantize"] else ""
+        kept = given[:1] in (["quantize"], ["jobs"])
+        goes_on = "; finished blocks are kept, the same command goes on from there" if kept else ""
         console.error(f"stopped by {signal.Signals(stop.number).name}{goes_on}", "stopped")
         sys.exit(128 + stop.number)
     except Exception as error:
@@ -340,32 +352,6 @@ def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, An
         raise RecipeError(f"{idle[0]} means nothing with a budget, which chooses bits and groups for each linear; "
                           "leave it out, or list what may be chosen under budget.schemes in a recipe")
     return made
-
-
-def _unquantized(model: str) -> Any:
-    from qtool import formats
-    from qtool.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(model)
-    quantization = formats.quantization_config(checkpoint.config)
-    if quantization:
-        known = formats.recognise(checkpoint.config)
-        method = quantization.get("quant_method") or (known.NAME if known else "unknown method")
-        raise InputError(f"{model} is quantized already ({method}); start from the original model, round it again into "
-                         f"another format with: qtool export {model} --to FORMAT --requantize RECIPE, or make dense "
-                         f"weights of it first with: qtool export {model} --to hf")
-    return checkpoint
-
-
-def _dry(plan: Any) -> dict[str, Any]:
-    """The plan, and what its output directory would meet."""
-    data = plan.to_json()
-    partial = plan.out.with_name(plan.out.name + ".partial")
-    if plan.out.exists():
-        data["warnings"].append(f"{plan.out} exists: a run would refuse to write there")
-    elif partial.exists():
-        data["warnings"].append(f"{partial} exists: a run would go on with it, or refuse it if it is another run's")
-    return data
 
 
 def _inspected(path: str, against: str | None, verify: bool,

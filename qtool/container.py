@@ -24,7 +24,12 @@ class Writer(Protocol):
 
 
 def open_writer(plan: Plan, folder: Path, name: str) -> Writer:
-    """For the outputs of a plan, in `folder`. name: of the model, for formats that name their file after it."""
+    """For the outputs of a plan, in `folder` (of several outputs, in its own folder there).
+
+    name: of the model, for formats that name their file after it.
+    """
+    folder = folder / plan.name
+    folder.mkdir(exist_ok=True)
     if plan.gguf is None:
         shards = plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9))
         return ShardWriter(folder, shards, getattr(plan.format, "METADATA", None))

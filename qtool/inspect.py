@@ -63,7 +63,7 @@ def summary(source: Source) -> dict[str, Any]:
     parameters = sum(spec.elements for spec in source.specs.values())
     stored = stored_bytes(source)
     rows = layers(source, record) if source.schemes else []
-    kind_and_error = _error(rows)
+    kind_and_error = manifest.errors(rows)
     return {
         "schema": SCHEMA, "path": source.origin, "kind": source.kind,
         "architecture": (source.config.get("architectures") or [source.config.get("model_type", "unknown")])[0],
@@ -255,15 +255,6 @@ def _reason(source: Source, spec: TensorSpec, reasons: dict[str, str]) -> str:
     if "embed" in spec.name or spec.name.endswith("wte.weight"):
         return "embedding and output head" if source.config.get("tie_word_embeddings") else "embedding"
     return "left out of the quantization_config" if source.schemes else "matrix"
-
-
-def _error(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    for key, of in (("relative_error", "outputs' energy"), ("weight_error", "weights' energy")):
-        errors = sorted((row[key], row["name"]) for row in rows if row[key] is not None)
-        if errors:
-            worst, name = errors[-1]
-            return {"of": of, "median": errors[len(errors) // 2][0], "worst": worst, "worst_name": name}
-    return None
 
 
 def _outliers(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

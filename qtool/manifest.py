@@ -50,6 +50,16 @@ def totals(layers: list[dict[str, Any]], parameters: int, weight_bytes: int, sou
             "quantized_weights": weights, "bits_per_weight": None if bits is None else round(bits, 4)}
 
 
+def errors(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Median and worst error over the layers: of the outputs, else of the weights; None where neither is known."""
+    for key, of in (("relative_error", "outputs' energy"), ("weight_error", "weights' energy")):
+        known = sorted((layer[key], layer["name"]) for layer in layers if layer[key] is not None)
+        if known:
+            worst, name = known[-1]
+            return {"of": of, "median": known[len(known) // 2][0], "worst": worst, "worst_name": name}
+    return None
+
+
 def file_hash(path: Path) -> str:
     """sha256, hexadecimal, of one file."""
     with path.open("rb") as file:

@@ -25,6 +25,8 @@ Checkpoint = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
                                            help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
 MaybeCheckpoint = Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
                                                        help="A checkpoint: directory, .gguf file or Hub id.")]
+JobsFile = Annotated[Path, typer.Argument(metavar="FILE", show_default=False,
+                                          help="A YAML file; recipes/jobs/example.yaml explains its keys.")]
 Json = Annotated[bool, _option("Print one JSON document on stdout and nothing else.", "--json")]
 Quiet = Annotated[bool, _option("Print nothing but errors.", "--quiet", "-q")]
 Out = Annotated[Path | None, _option("Where to write; must not exist yet (./MODEL-METHOD-SCHEME).", "--out", "-o",
@@ -77,8 +79,8 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
-Target = Annotated[str, _option("compressed-tensors, gptq, awq, mlx, modelopt, fp8, bitsandbytes, gguf, onnx, or hf "
-                                "(dense).", metavar="FORMAT")]
+Target = Annotated[str | None, _option("compressed-tensors, gptq, awq, mlx, modelopt, fp8, bitsandbytes, gguf, "
+                                       "onnx, or hf (dense).", metavar="FORMAT")]
 Requantize = Annotated[str | None, _option(
     "Where FORMAT cannot hold the codes: decode them and round again, with a scheme such as int4-g64 or a data-free "
     "recipe (rtn, nf4, fp8, ...).", metavar="SCHEME|RECIPE")]
@@ -91,3 +93,8 @@ GraphDtype = Annotated[str | None, _option("onnx: in which the graph computes: f
 AccuracyLevel = Annotated[int | None, _option(
     "onnx: how MatMulNBits takes its inputs: 0 as they are, 1 float32, 2 float16, 3 bfloat16, 4 rounded to 8 bits, "
     "which is faster (0).", "--accuracy-level", metavar="N")]
+PushTo = Annotated[str | None, _option("Upload the directory, with its model card, to this repository of the Hub.",
+                                       "--push-to", metavar="NAMESPACE/NAME")]
+Private = Annotated[bool, _option("Make that repository a private one.", "--private")]
+Ray = Annotated[str | None, _option("Run on this Ray cluster: auto, or HOST:PORT of its head (here, one by one).",
+                                    metavar="ADDRESS")]

@@ -16,29 +16,26 @@ a rerun of the same command continues and which gets its final name only when ev
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
 
-import qtool
 from qtool import (
     card,
     container,
     estimate,
     formats,
     found,
-    grids,
     heap,
     manifest,
-    ops,
+    outputs,
     outside,
+    prepare,
     quality,
     rotate,
     sensitivity,
@@ -50,7 +47,7 @@ from qtool.models import blocks, calibration
 from qtool.outliers import outlier_notes
 from qtool.plan import Plan, with_schemes
 from qtool.rescale import rescale
-from qtool.stages import LinearPlan, Stage
+from qtool.stages import LinearPlan, Stage, one_scale, same_scheme
 from qtool.stream import Stream
 from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
 from qtool.workspace import Workspace, refuse_existing
@@ -72,13 +69,12 @@ class Progress(Protocol):
 def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = False) -> dict[str, Any]:
     """Quantize; returns the manifest. Raises what the plan could not foresee; then OUT.partial/ can be continued."""
     refuse_existing(plan.out)
-    _refuse_full_disk(plan)
+    prepare.refuse_full_disk(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
-    tokens = _tokens(checkpoint, plan)
-    identity = _identity(checkpoint, plan, tokens)
+    tokens = prepare.tokens_of(checkpoint, plan)
     source = rotate.view(checkpoint, plan.rotated)
-    with Workspace(plan.out, identity, restart) as work:
+    with Workspace(plan.out, prepare.identity_of(checkpoint, plan, tokens), restart) as work:
         if plan.problem is not None and tokens is not None:
             chosen = sensitivity.allocation(source, plan, tokens.ids, work, progress.message)
             plan = with_schemes(plan, sensitivity.schemes_of(plan, chosen))
@@ -91,25 +87,30 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
 def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: calibration.CalibrationTokens | None,
               work: Workspace) -> dict[str, Any]:
     """Everything once the schemes are known."""
-    writer = container.open_writer(plan, work.folder, checkpoint.name)
+    jobs = [Job(checkpoint, one, container.open_writer(one, work.folder, checkpoint.name), progress)
+            for one in (plan, *plan.others)]
     done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
     progress.start(plan.blocks, done)
-    job = Job(checkpoint, plan, writer, progress)
     stream = Stream.open(plan, checkpoint.read, tokens, work) if tokens is not None and plan.calibrated else None
-    for stage, weights in _read_ahead(job, work.finished):
+    for stage, weights in _read_ahead(jobs[0], work.finished):
         began = time.monotonic()
-        layers = _do_stage(job, stage, weights, stream)
+        layers, *more = _do_stage(jobs, stage, weights, stream)
         heap.give_back()
-        writer.sync()
+        for job in jobs:
+            job.writer.sync()
         if stream is not None and stage.block is not None:
             stream.save(stage.block + 1)
-        work.record(stage.name, {"layers": layers})
+        work.record(stage.name, {"layers": layers, **({"others": more} if more else {})})
         if stream is not None and stage.block is not None:
             stream.forget(stage.block)
         if stage.block is not None:
             progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
     progress.message("naming and hashing the files")
-    return _finish(job, work)
+    results = [_finish(job, place, work, jobs[0].plan) for place, job in enumerate(jobs)]
+    made = results[0] if len(jobs) == 1 else outputs.together(
+        work.folder, work.identity, {job.plan.name: result for job, result in zip(jobs, results, strict=True)})
+    work.complete()
+    return made
 
 
 @dataclass(frozen=True)
@@ -122,59 +123,78 @@ class Job:
     progress: Progress
 
 
-def _do_stage(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream | None) -> list[dict[str, Any]]:
+def _do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
+              stream: Stream | None) -> list[list[dict[str, Any]]]:
+    """What the manifest tells of its linears, for each output."""
     if stage.block is not None and stream is not None:
-        return _do_block(job, stage, weights, stream)
-    for name in stage.copied:
-        _copy(job, name, weights)
-    if stage.block is not None:
-        return [record for group in _one_scale(stage.linears)
-                for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
-    return [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in stage.outside]
+        return _do_block(jobs, stage, weights, stream)
+    records: list[list[dict[str, Any]]] = []
+    for job in jobs:
+        own = job.plan.stage_like(stage)
+        for name in own.copied:
+            _copy(job, name, weights)
+        records.append([record for group in one_scale(own.linears)
+                        for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
+                       + [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in own.outside])
+    return records
 
 
-def _do_block(job: Job, stage: Stage, weights: dict[str, torch.Tensor], stream: Stream) -> list[dict[str, Any]]:
+def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
+              stream: Stream) -> list[list[dict[str, Any]]]:
     """Collect and solve every group of linears that share an input, part by part; propagate."""
-    plan = job.plan
+    job, plan = jobs[0], jobs[0].plan
     index = stage.block or 0
     for name, weight in weights.items():
         _refuse_non_finite(name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
     notes, listed = rescale(plan, stage, block, stream, weights), outlier_notes(plan, stage, block, stream)
-    for name in stage.copied:
-        _copy(job, name, weights)
+    for one in jobs:
+        for name in one.plan.stage_like(stage).copied:
+            _copy(one, name, weights)
     ranges = stream.ranges(block, stage)
     if stage.attention is not None and ranges.kv is not None:
         for spec, scale in zip(plan.format.kv_scales(stage.attention), ranges.kv, strict=True):
             job.writer.write(spec.name, scale.reshape(spec.shape))
     stream.begin(block, stage, ranges.inputs)
-    records: list[dict[str, Any]] = []
-    for group, stats in _collected(plan, stage, stream):
-        originals = [_weight(job, linear, weights).to(plan.device) for linear in group]
-        records += _solve(job, group, originals, stats, block, ranges.inputs)
+    into = None if plan.whole is not None and plan.whole.propagate else block  # what the stream goes on through
+    records: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    for names, stats in _collected(plan, stage, stream):
+        own = {linear.name: _weight(job, linear, weights) for linear in stage.linears if linear.name in names}
+        for place, group, figures in _together(jobs, stage, names, stats):
+            originals = [own[linear.name].to(plan.device) for linear in group]
+            records[place] += _solve(jobs[place], group, originals, figures, None if place else into, ranges.inputs)
     weights.clear()
     if index + 1 < plan.blocks:
         stream.propagate(index)
-    records = [{**record, **notes.get(record["name"], {}), **listed.get(record["name"], {})} for record in records]
     order = {linear.name: place for place, linear in enumerate(stage.linears)}
-    return sorted(records, key=lambda record: order[record["name"]])
+    return [sorted(({**record, **notes.get(record["name"], {}), **listed.get(record["name"], {})} for record in some),
+                   key=lambda record: order[record["name"]]) for some in records]
 
 
-def _collected(plan: Plan, stage: Stage, stream: Stream) -> Iterator[tuple[list[LinearPlan], CalibrationStats | None]]:
-    """Linears that are solved together, with their statistics; each must be solved before the next is asked for."""
+def _collected(plan: Plan, stage: Stage, stream: Stream) -> Iterator[tuple[list[str], CalibrationStats | None]]:
+    """Linears that share statistics, by name; each must be solved before the next is asked for."""
     if not plan.solves_on_text:
-        yield from ((group, None) for group in _one_scale(stage.linears))
+        yield from (([linear.name for linear in group], None) for group in one_scale(stage.linears))
         return
-    linears = {linear.name: linear for linear in stage.linears}
     for collected in stream.collect(stage):
         while collected:
             names, stats = collected.popitem()
-            groups = _same_scheme([linears[name] for name in names if name in linears])
-            while groups:
-                group = groups.pop(0)
-                # the last may take out of the statistics what its steps have done with
-                yield group, replace(stats) if groups else stats
+            yield list(names), stats
             del stats
+
+
+def _together(jobs: Sequence[Job], stage: Stage, names: Sequence[str], stats: CalibrationStats | None) -> Iterator[
+        tuple[int, list[LinearPlan], CalibrationStats | None]]:
+    """What is solved as one, for each output; the last may take out of the statistics what its steps have done with."""
+    todo = []
+    for place, job in enumerate(jobs):
+        linears = {linear.name: linear for linear in job.plan.stage_like(stage).linears}
+        here = [linears[name] for name in names if name in linears]
+        todo += [(place, group) for group in (one_scale(here) if stats is None else same_scheme(here))]
+    for place, group in todo[:-1]:
+        yield place, group, replace(stats) if stats else None
+    if todo:
+        yield *todo[-1], stats
 
 
 def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats: CalibrationStats | None,
@@ -287,52 +307,36 @@ def _read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dic
             yield stage, weights
 
 
-def _tokens(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:
-    if not plan.text_samples:
-        return None
-    return calibration.load_tokens(plan.recipe.calibration, checkpoint.directory, plan.text_samples,
-                                   plan.skeleton.vocabulary)
-
-
-def _identity(checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationTokens | None) -> dict[str, Any]:
-    source = {"name": checkpoint.name, "origin": checkpoint.origin, "files": checkpoint.hashes()}
-    used = None
-    if tokens is not None:
-        used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.text_samples,
-                "sequence_length": plan.recipe.calibration.sequence_length}
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": version("transformers"), "device": plan.device.type, "ops": ops.backend()}
-    return manifest.identity(qtool.__version__, source, plan.recipe.model_dump(mode="json"), used, versions)
-
-
-def _finish(job: Job, work: Workspace) -> dict[str, Any]:
-    """Name the shards, add config, tokenizer, manifest and card, check the key set, rename the directory."""
-    plan = job.plan
-    layers = [record for stage in plan.stages for record in work.finished[stage.name]["layers"]]
+def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any]:
+    """Name the shards, add config, tokenizer, manifest and card, check the key set. place: among several outputs."""
+    plan, folder = job.plan, job.writer.folder
+    done = [work.finished[stage.name] for stage in plan.stages]
+    layers = [record for stage in done for record in (stage["others"][place - 1] if place else stage["layers"])]
     config = _config(job)
     found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs}, job.writer.read_back)
     if found_schemes and set(found_schemes) != {linear.stored for linear in plan.linears}:
-        raise VerificationError(f"{work.folder}: a loader would find {len(found_schemes)} quantized linears in the "
+        raise VerificationError(f"{folder}: a loader would find {len(found_schemes)} quantized linears in the "
                                 f"written keys, not {len(plan.linears)}; this is a bug in format {plan.format.NAME}")
     job.writer.finish()
     if plan.gguf is None:  # a GGUF file has them in itself
         for path in job.checkpoint.companions():
-            shutil.copyfile(path, work.folder / path.name)
-        for name, content in {"config.json": config,
-                              **plan.format.extra_files(config.get("quantization_config", {}))}.items():
-            manifest.write_json(work.folder / name, content)
+            shutil.copyfile(path, folder / path.name)
+        files = {"config.json": config, **plan.format.extra_files(config.get("quantization_config", {}))}
+        for name, content in files.items():
+            manifest.write_json(folder / name, content)
     scratch = {"journal.jsonl", "lock"}
-    hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
+    hashes = {path.name: manifest.file_hash(path) for path in sorted(folder.iterdir())
               if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}
     parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
-    result = {**work.identity, "format": plan.format.NAME, "layers": layers, "rotation": rotate.describe(plan.rotated),
+    shared = outputs.solved_on(plan, first) if first.others else {}
+    result = {**work.identity, "recipe": plan.recipe.model_dump(mode="json"), **shared, "format": plan.format.NAME,
+              "layers": layers, "rotation": rotate.describe(plan.rotated),
               "kept": [{"name": name, "reason": reason} for name, reason in plan.kept], "outputs": hashes,
               "allocation": work.finished.get(sensitivity.STAGE, {}).get("allocation"),
               "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
     text = card.text(result, plan.format.LOADERS)
-    (work.folder / "README.md").write_text(text, encoding="utf-8")
-    manifest.save(work.folder, result)
-    work.complete()
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    manifest.save(folder, result)
     return result
 
 
@@ -350,35 +354,6 @@ def _config(job: Job) -> dict[str, Any]:
         config["dtype"] = plan.recipe.dtype
         config.pop("torch_dtype", None)
     return config
-
-
-def _refuse_full_disk(plan: Plan) -> None:
-    parent = next(folder for folder in (plan.out.absolute().parent, *plan.out.absolute().parents) if folder.exists())
-    partial = plan.out.with_name(plan.out.name + ".partial")
-    there = sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.is_dir() else 0
-    free = shutil.disk_usage(parent).free + there
-    if free < plan.disk_bytes:
-        raise PlanError(f"{parent} has {free / 1e9:.1f} GB free and this run needs {plan.disk_bytes / 1e9:.1f} GB; "
-                        "choose an --out on another disk")
-
-
-def _same_scheme(linears: list[LinearPlan]) -> list[list[LinearPlan]]:
-    """Linears that can be solved as one stacked matrix."""
-    groups: dict[str, list[LinearPlan]] = {}
-    for linear in linears:
-        joint = found.load("grids", linear.scheme.grid).JOINT
-        groups.setdefault(linear.scheme.model_dump_json() if joint else linear.name, []).append(linear)
-    return list(groups.values())
-
-
-def _one_scale(linears: Iterable[LinearPlan]) -> list[list[LinearPlan]]:
-    """Without statistics each linear is solved alone, but those that engines run as one share a scale of the whole."""
-    groups: dict[str, list[LinearPlan]] = {}
-    for linear in linears:
-        together = grids.has_whole_scale(linear.scheme)
-        whole = formats.fused_name(linear.name) if together else linear.name
-        groups.setdefault(f"{whole} {linear.scheme.label}", []).append(linear)
-    return list(groups.values())
 
 
 def _linear_of(block: torch.nn.Module, plan: Plan, linear: LinearPlan) -> torch.nn.Linear:

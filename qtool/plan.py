@@ -60,6 +60,9 @@ class Plan:
     memory: dict[str, int]
     seconds: float | None
     gguf: GgufModel | None = None  # what a GGUF file says beside its tensors
+    name: str = ""  # of several outputs
+    others: tuple[Plan, ...] = ()  # solved on the same statistics (outputs.py)
+    whole: Recipe | None = None  # that of all of them
     problem: budget.Problem | None = None  # what a search will decide; until then the schemes of `linears` are a guess
 
     @property
@@ -99,6 +102,10 @@ class Plan:
     def outputs(self) -> list[TensorSpec]:
         return [spec for stage in self.stages for spec in stage.outputs]
 
+    def stage_like(self, stage: Stage) -> Stage:
+        """This plan's stage of that name; plans of one model have the same ones."""
+        return next(one for one in self.stages if one.name == stage.name)
+
     @property
     def blocks(self) -> int:
         return len(self.skeleton.blocks)
@@ -112,7 +119,8 @@ class Plan:
         """Largest need while running: the output and, when calibrating, two generations of the stream and its files."""
         streams = 2 * self.memory.get("stream", 0) * (2 if self.float_stream else 1) if self.calibrated else 0
         running = streams + self.memory.get("kept_in_files", 0)
-        return self.weight_bytes + max(running, self.memory.get("search_files", 0))
+        written = sum(one.weight_bytes for one in (self, *self.others))
+        return written + max(running, self.memory.get("search_files", 0))
 
     @property
     def peak_memory(self) -> int:

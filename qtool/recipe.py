@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qtool import safe_yaml
 from qtool.errors import RecipeError
 from qtool.mixtures import MIXTURES
 
@@ -155,6 +155,33 @@ class Calibration(Strict):
     batch_tokens: int | None = Field(None, ge=1)
 
 
+def _steps(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError("steps is a list of method names, each with its options: - gptq: {damping: 0.01}")
+    steps = []
+    for entry in value:
+        entry = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise ValueError(f"each step is one name with its options, not {entry!r}")
+        steps.append({name: options or {} for name, options in entry.items()})
+    return tuple(steps)
+
+
+class Output(Strict):
+    """One of several outputs of a run. What is not given here is the recipe's; `name` is its folder's."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    steps: tuple[dict[str, dict[str, Any]], ...] | None = None
+    scheme: Scheme | None = None
+    rules: tuple[Rule, ...] | None = None
+    format: str | None = None
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_step_per_entry(cls, value: Any) -> Any:
+        return None if value is None else _steps(value)
+
+
 class Recipe(Strict):
     """A whole run. `steps` is a list of {name: options}; the options belong to methods/<name>.py."""
 
@@ -172,19 +199,33 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     memory_budget_gb: float = Field(4.0, gt=0)  # activations past this go to a memory-mapped file
     shard_gb: float = Field(4.0, gt=0)
+    outputs: tuple[Output, ...] = ()  # several from one calibration; the stream runs through the first's weights ...
+    propagate: Literal["original"] | None = None  # ... or through the model's own
+
+    @model_validator(mode="after")
+    def _distinct_outputs(self) -> Recipe:
+        names = [one.name for one in self.outputs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of the outputs have one name: {', '.join(names)}")
+        if self.outputs and (self.budget or self.kv_cache):
+            raise ValueError("a budget and kv_cache are for runs with one output; leave them or outputs out")
+        if self.propagate and not self.outputs:
+            raise ValueError("propagate is for a recipe with outputs; leave it out")
+        return self
+
+    def each(self) -> dict[str, Recipe]:
+        """The recipes of the outputs, by name."""
+        made = {}
+        for one in self.outputs:
+            own = {key: value for key in Output.model_fields if (value := getattr(one, key)) is not None}
+            alone = {"outputs": (), "propagate": None, "name": f"{self.name}-{one.name}"}
+            made[one.name] = self.model_copy(update={**own, **alone})
+        return made
 
     @field_validator("steps", mode="before")
     @classmethod
     def _one_step_per_entry(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("steps is a list of method names, each with its options: - gptq: {damping: 0.01}")
-        steps = []
-        for entry in value:
-            entry = {entry: {}} if isinstance(entry, str) else entry
-            if not isinstance(entry, Mapping) or len(entry) != 1:
-                raise ValueError(f"each step is one name with its options, not {entry!r}")
-            steps.append({name: options or {} for name, options in entry.items()})
-        return tuple(steps)
+        return _steps(value)
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -248,7 +289,7 @@ def preset(method: str) -> Recipe:
         return override(load("gguf"), {"mixture": method, "preset": method}, f"--method {method}")
     found = {}
     for path in available().values():
-        data = _yaml(_read(path), str(path))
+        data = safe_yaml.parse(_read(path), str(path))
         if isinstance(data, dict) and isinstance(data.get("preset"), str):
             found[data["preset"]] = path
     if method not in found:
@@ -257,9 +298,14 @@ def preset(method: str) -> Recipe:
     return parse(_read(found[method]), str(found[method]))
 
 
+def document(path: Path, what: str) -> Any:
+    """The plain data of a YAML file, as strictly read as a recipe. Raises RecipeError, which calls it `what`."""
+    return safe_yaml.parse(_read(path, what), str(path))
+
+
 def parse(text: str, where: str) -> Recipe:
     """Check the YAML text of a recipe; every complaint names the file, the key and, for a typo, the nearest name."""
-    data = _yaml(text, where)
+    data = safe_yaml.parse(text, where)
     if not isinstance(data, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys such as steps, scheme, format")
     return _validate(data, where, text)
@@ -278,7 +324,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {setting}: write it as key=value, e.g. --set scheme.bits=3")
-    return key.strip(), _yaml(value, f"--set {key}")
+    return key.strip(), safe_yaml.parse(value, f"--set {key}")
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: Any, whole: str, where: str) -> None:
@@ -298,39 +344,16 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any, whole: str, where
     data[keys[-1]] = value
 
 
-class _Loader(yaml.SafeLoader):
-    """safe_load without aliases (no exponential documents) and without duplicate keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*name) are not allowed, line {self.peek_event().start_mark.line + 1}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(f"key '{key_node.value}' is given twice, line {key_node.start_mark.line + 1}")
-            seen.add(key_node.value if isinstance(key_node.value, str) else str(key_node.value))
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-
-
-def _read(path: Path) -> str:
+def _read(path: Path, what: str = "recipe file") -> str:
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"{path}: larger than 1 MiB; that is no recipe")
+            raise RecipeError(f"{path}: larger than 1 MiB; that is no {what}")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"recipe file {path} does not exist; ready recipes: {', '.join(available())}") from None
+        ready = f"; ready recipes: {', '.join(available())}" if what == "recipe file" else ""
+        raise RecipeError(f"{what} {path} does not exist{ready}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
+        raise RecipeError(f"{what} {path} cannot be read: {error}") from None
 
 
 def _validate(data: dict[str, Any], where: str, text: str = "") -> Recipe:
@@ -347,7 +370,7 @@ def _complaint(entry: Any, text: str) -> str:
                  if path and content.strip().lstrip("- ").startswith(path[-1] + ":")), "")
     if entry["type"] == "extra_forbidden":
         parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration,
-                                             "budget": Budget}
+                                             "budget": Budget, "outputs": Output}
         model = parts.get(path[0] if len(path) > 1 else "", Recipe)
         return f"unknown key '{key}'{line}{_nearest(path[-1], model.model_fields)}"
     return f"{key}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {entry['input']!r})"

@@ -56,6 +56,9 @@ def plan(data: Mapping[str, Any]) -> RenderableType:
     if data["recipe"]["kv_cache"]:
         rows.append(("kv cache", f"{data['recipe']['kv_cache']}, scales for keys and values of every attention"))
     rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
+    for one in (data.get("outputs") or [])[1:]:
+        rows.append(("", f"{one['name']}: the same to {', '.join(one['schemes'])} ({one['format']}), "
+                         f"{one['bits_per_weight']:.4g} bits"))
     if data["budget"]:
         rows += [("budget" if not index else "", line) for index, line in enumerate(_budget(data))]
     rows += [("kept" if not index else "", line) for index, line in enumerate(_kept(data["kept"]))]
@@ -294,6 +297,19 @@ def evaluated(data: Mapping[str, Any]) -> RenderableType:
     return stacked(parts)
 
 
+def jobs(data: Mapping[str, Any]) -> RenderableType:
+    """The jobs of a file, a line each, and why some failed (jobs.run)."""
+    lines = data["jobs"]
+    rows = [[line["out"], line["status"], "-" if line["seconds"] is None else span(line["seconds"]),
+             *("-" if line.get(key) is None else size(line[key]) for key in ("peak_memory", "weight_bytes")),
+             percent((line.get("error") or {}).get("median")), percent((line.get("error") or {}).get("worst"))]
+            for line in lines]
+    parts: list[RenderableType] = [
+        table(["output", "status", "time", "peak memory", "size", "median error", "worst"], rows, left=2)]
+    failures = [(line["out"], Text(line["message"], style="red")) for line in lines if line["message"]]
+    return stacked([*parts, *([facts("Failed", failures)] if failures else [])])
+
+
 def exported(data: Mapping[str, Any]) -> RenderableType:
     """The end of an export."""
     rows: list[tuple[str, str | Text]] = [
@@ -302,5 +318,13 @@ def exported(data: Mapping[str, Any]) -> RenderableType:
         ("checked", data["checked"]),
     ]
     rows += [("note", Text(text, style="yellow")) for text in data["notes"]]
+    rows += [("pushed to", data["pushed"]["url"])] if "pushed" in data else []
     what = f"{data['linears']} linears from " if data["linears"] else ""
     return facts(f"Exported {what}{data['from'] or 'plain weights'} to {data['format']}", rows)
+
+
+def pushed(data: Mapping[str, Any]) -> RenderableType:
+    """The end of an upload without an export."""
+    done = data["pushed"]
+    return facts(f"Pushed {data['out']}", [("to", Text(done["url"], style="bold green")),
+                                           ("files", f"{len(done['files'])}, as their manifest has them")])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from qtool import formats, found, grids
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, TensorSpec
@@ -99,3 +100,22 @@ class Layout:
             dense = self.convert and spec.dtype in FLOATING
             specs.append(TensorSpec(name, self.dtype, spec.shape) if dense else spec)
         return tuple(specs)
+
+
+def same_scheme(linears: list[LinearPlan]) -> list[list[LinearPlan]]:
+    """Linears that can be solved as one stacked matrix."""
+    groups: dict[str, list[LinearPlan]] = {}
+    for linear in linears:
+        joint = found.load("grids", linear.scheme.grid).JOINT
+        groups.setdefault(linear.scheme.model_dump_json() if joint else linear.name, []).append(linear)
+    return list(groups.values())
+
+
+def one_scale(linears: Iterable[LinearPlan]) -> list[list[LinearPlan]]:
+    """Without statistics each linear is solved alone, but those that engines run as one share a scale of the whole."""
+    groups: dict[str, list[LinearPlan]] = {}
+    for linear in linears:
+        together = grids.has_whole_scale(linear.scheme)
+        whole = formats.fused_name(linear.name) if together else linear.name
+        groups.setdefault(f"{whole} {linear.scheme.label}", []).append(linear)
+    return list(groups.values())

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qtool import manifest
-from qtool.errors import OutputError, StorageError
+from qtool import lock, manifest
+from qtool.errors import CheckpointError, OutputError, StorageError
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
@@ -41,8 +41,10 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from None
         with contextlib.ExitStack() as held:
-            self._lock()
-            held.callback(os.close, self._descriptor)
+            try:
+                self._refuse_lost = held.enter_context(lock.hold(self.folder / LOCK))
+            except OSError as error:
+                raise OutputError(f"{self.folder} is not writable: {error.strerror}; choose another --out") from None
             if self.restart:
                 self._clear()
             self._read_journal()
@@ -54,7 +56,8 @@ class Workspace:
         self._held.close()
 
     def record(self, stage: str, result: dict[str, Any]) -> None:
-        """Add a finished stage; on return it will not be done again."""
+        """Add a finished stage; on return it will not be done again. Raises OutputError if the lock was lost."""
+        self._refuse_lost()
         self.finished[stage] = result
         self._append({"stage": stage, **result})
 
@@ -75,20 +78,6 @@ class Workspace:
         (self.folder / name).rename(self.out)
         sync_folder(self.out.parent)
         shutil.rmtree(self.folder)
-
-    def _lock(self) -> None:
-        try:
-            self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = (self.folder / LOCK).read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-            os.close(self._descriptor)
-            raise OutputError(f"{self.folder} is in use by process {owner}; wait for it or choose another "
-                              "--out") from None
-        except OSError as error:
-            raise OutputError(f"{self.folder} is not writable: {error.strerror}; choose another --out") from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -121,6 +110,29 @@ class Workspace:
                 os.fsync(file.fileno())
         except OSError as error:
             raise storage_error(error, self.folder) from None
+
+
+def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[str]]:
+    """What lies in the output's place: "absent", "unfinished" or "finished", or "other" things; with what differs from
+    a run of this identity (computed where it is needed). A finished output without differences is that run's."""
+    journal = out.with_name(out.name + ".partial") / JOURNAL
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        try:
+            there = manifest.load(out)
+        except CheckpointError as error:
+            return "other", [str(error)]
+        now = json.loads(json.dumps(identity()))
+        changed = manifest.differences({key: there.get(key) for key in now}, now)
+        lost = [f"{name} is missing" for name in there.get("outputs", {}) if not (out / name).is_file()]
+        return ("other", [*changed, *lost]) if changed or lost else ("finished", [])
+    if not journal.is_file():
+        return "absent", []
+    try:
+        with journal.open("rb") as file:
+            before = json.loads(file.readline() or b"{}").get("identity")
+    except (OSError, ValueError) as error:
+        return "unfinished", [f"{journal}: {error}"]
+    return "unfinished", manifest.differences(before, json.loads(json.dumps(identity()))) if before else []
 
 
 def refuse_existing(out: Path) -> None:

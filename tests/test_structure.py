@@ -14,14 +14,15 @@ NATIVE = sorted([*(ROOT / "qtool" / "csrc").glob("*"), *(ROOT / "kernels_cuda").
 # who may import whom: a file may import from ranks below its own, and siblings only where named
 RANKS = {
     "errors": 0, "moments": 1, "tensors": 1, "recipe": 1, "found": 1, "heap": 1, "quality": 1, "units": 1,
-    "hadamard": 1, "allocate": 1, "mixtures": 1,
+    "hadamard": 1, "allocate": 1, "mixtures": 1, "safe_yaml": 1,
     "activations": 2, "ops": 2, "grids": 3, "layer": 3,
     "methods": 4, "formats": 4, "models": 4, "checkpoint": 4,
     "manifest": 5, "stages": 5, "estimate": 5, "decode": 5, "budget": 5, "rotate": 5, "plan": 5, "plan_gguf": 5,
     "workspace": 6, "outside": 6, "stream": 6, "rescale": 6, "outliers": 6, "card": 6, "report": 6, "sensitivity": 6,
     "container": 6, "onnx_graph": 6, "transfer": 6,
     "pipeline": 7, "inspect": 7, "evaluate": 7, "export": 7, "export_gguf": 7, "export_onnx": 7,
-    "requantize": 8, "console": 8, "options": 8, "cli": 9,
+    "processes": 1, "lock": 1, "on_ray": 6, "outputs": 6, "prepare": 6, "jobs": 7, "push": 7,
+    "requantize": 8, "console": 8, "exports": 8, "options": 8, "cli": 9,
     "__main__": 10, "__init__": 0,
 }
 SEPARATE = ("methods", "formats", "models", "checkpoint")  # never import each other

@@ -80,6 +80,13 @@ BAD_OTHERS = [
     ("eval MODEL --context 64 --against OTHER", "vocabulary of 512 tokens, but .* 600"),
     ("eval MODEL --device tpu", "device 'tpu' is not known"),
     ("export QUANTIZED --to compressed-tensors", "is stored as compressed-tensors already"),
+    ("export QUANTIZED", "give --to FORMAT, --push-to NAMESPACE/NAME, or both"),
+    ("export QUANTIZED --push-to me/x --out y", "--out goes with --to"),
+    ("export QUANTIZED --push-to x", "--push-to x: write it as NAMESPACE/NAME"),
+    ("export QUANTIZED --to gptq --push-to me/-x", "--push-to me/-x: "),
+    ("export empty --push-to me/x", "manifest.json cannot be read: .*was this directory written by qtool"),
+    ("export MODEL --push-to me/x", "manifest.json cannot be read: .*was this directory written by qtool"),
+    ("export nope --push-to me/x", "nope: no such folder; --push-to uploads a directory that qtool wrote"),
     ("export QUANTIZED --to marlin", "unknown format 'marlin'"),
     ("export MODEL --to gptq", "is not quantized.*use: qtool quantize .* --format gptq"),
     ("export MODEL --to hf", "holds plain weights already"),
@@ -89,8 +96,7 @@ BAD_OTHERS = [
 USAGE = [
     ("quantize", "Missing argument 'MODEL'"), ("quantize MODEL --bits four", "--bits"),
     ("quantize MODEL --bit 3", "No such option: --bit.*--bits"), ("quantise MODEL", "Did you mean 'quantize'"),
-    ("eval MODEL --windows x", "--windows"), ("export QUANTIZED", "Missing option '--to'"),
-]
+    ("eval MODEL --windows x", "--windows"), ]
 
 
 @pytest.fixture

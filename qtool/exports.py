@@ -1,0 +1,57 @@
+"""Which exporter writes what `qtool export --to` asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool import console
+from qtool.errors import InputError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of `qtool export` that say what to write; None: not given."""
+
+    to: str
+    out: Path | None = None
+    requantize: str | None = None
+    type: str | None = None
+    imatrix: Path | None = None
+    accuracy_level: int | None = None
+    dtype: str | None = None
+
+
+def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
+    """Write it and return what `--json` prints. Raises InputError for options of another target."""
+    for name, given, target in (("--type", wanted.type, "gguf"), ("--imatrix", wanted.imatrix, "gguf"),
+                                ("--accuracy-level", wanted.accuracy_level, "onnx"), ("--dtype", wanted.dtype, "onnx")):
+        if given is not None and wanted.to != target:
+            raise InputError(f"{name} is for --to {target}, not {wanted.to}; leave it out")
+    if wanted.requantize is not None:
+        return _requantized(path, wanted.to, wanted.requantize, wanted.out, quiet)
+    with console.working(f"reading {path}", quiet):
+        from qtool import export, export_gguf, export_onnx
+        from qtool.decode import open_model
+
+        source = open_model(path)
+        module: Any = {"gguf": export_gguf, "onnx": export_onnx}.get(wanted.to, export)
+        job = (export_gguf.make_export(source, wanted.type, wanted.out, wanted.imatrix) if wanted.to == "gguf"
+               else export_onnx.make_export(source, wanted.out, wanted.accuracy_level, wanted.dtype)
+               if wanted.to == "onnx" else export.make_export(source, wanted.to, wanted.out))
+    for text in job.lost:
+        console.note(f"note: {text}", quiet)
+    with console.steps("exporting", quiet) as step:
+        result: dict[str, Any] = module.run(job, step)
+    return result
+
+
+def _requantized(path: str, to: str, how: str, out: Path | None, quiet: bool) -> dict[str, Any]:
+    with console.working(f"reading {path}", quiet):
+        from qtool import requantize
+        from qtool.decode import open_model
+
+        job = requantize.make(open_model(path), to, how, out)
+    with console.progress(quiet) as progress:
+        return requantize.run(job, progress)
