@@ -30,7 +30,8 @@ def run(work: Path, label: str, command: list[str]) -> None:
         inner = json.loads(printed)
     except ValueError:
         inner = json.loads(printed.splitlines()[-1])
-    figures["seconds"] = round(inner["seconds"], 1)
+    if "seconds" in inner:
+        figures["seconds"] = round(inner["seconds"], 1)
     (work / f"{label}.json").write_text(json.dumps(figures))
     print(label, json.dumps(figures), flush=True)
 

@@ -50,11 +50,16 @@ def system() -> dict[str, Any]:
 
 def record_of(source: Source) -> dict[str, Any] | None:
     """The manifest beside the weights; None where qtool did not write them. Raises CheckpointError for a bad one."""
-    folder = Path(source.origin).parent if source.kind == "gguf" else source.directory
+    folder = _folder(source)
     if not (folder / manifest.NAME).is_file():
         return None
     record = manifest.load(folder)
     return record if source.kind != "gguf" or Path(source.origin).name in record.get("outputs", {}) else None
+
+
+def _folder(source: Source) -> Path:
+    """Where the files lie; the config and tokenizer of a GGUF file are elsewhere."""
+    return Path(source.origin).parent if source.kind == "gguf" else source.directory
 
 
 def summary(source: Source) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def summary(source: Source) -> dict[str, Any]:
     record = record_of(source)
     parameters = sum(spec.elements for spec in source.specs.values())
     stored = stored_bytes(source)
-    rows = layers(source, record) if source.schemes else []
+    rows = layers(source, record) if source.schemes or source.checkpoint.block_types else []
     kind_and_error = manifest.errors(rows)
     return {
         "schema": SCHEMA, "path": source.origin, "kind": source.kind,
@@ -86,8 +91,10 @@ def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]
     expected = _expected(record)
     recorded = {layer["stored"]: {**layer, **expected.get(layer["name"], {})}
                 for layer in (record or {}).get("layers", [])}
-    names = list(source.schemes) or [name.removesuffix(".weight") for name, spec in source.specs.items()
-                                     if len(spec.shape) == 2 and name.endswith(".weight")]
+    types = {name.removesuffix(".weight"): kind for name, (kind, _) in source.checkpoint.block_types.items()}
+    names = list(source.schemes) or list(types) or [
+        name.removesuffix(".weight") for name, spec in source.specs.items()
+        if len(spec.shape) == 2 and name.endswith(".weight")]
     sizes, place = _linear_bytes(source), {name: index for index, name in enumerate(recorded)}
     rotated = _rotation(record)["tensors"]
     rows = []
@@ -99,7 +106,8 @@ def layers(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]
         rows.append({
             "name": name, "stored": name, **known, "shape": list(shape),
             "scheme": scheme.model_dump() if scheme else None,
-            "scheme_label": scheme.label if scheme else dtype_name(source.specs[name + ".weight"].dtype),
+            "scheme_label": (scheme.label if scheme else types.get(name)
+                             or dtype_name(source.specs[name + ".weight"].dtype)),
             "bits": scheme.bits if scheme else None, "group_size": scheme.group_size if scheme else None,
             "symmetric": scheme.symmetric if scheme else None, "bytes": count,
             "bits_per_weight": round(8 * count / max(shape[0] * shape[1], 1), 4),
@@ -179,16 +187,18 @@ def stored_bytes(source: Source) -> int:
 
 def bits_per_weight(source: Source) -> float:
     """Bits of a quantized weight, its share of scales and zero points included; without any, of a parameter."""
-    if source.schemes:
-        weights = sum(spec.elements for name, spec in source.specs.items()
-                      if name.removesuffix(".weight") in source.schemes)
-        return round(8 * sum(_linear_bytes(source).values()) / max(weights, 1), 4)
+    sizes = _linear_bytes(source)
+    if sizes:
+        weights = sum(spec.elements for name, spec in source.specs.items() if name.removesuffix(".weight") in sizes)
+        return round(8 * sum(sizes.values()) / max(weights, 1), 4)
     parameters = sum(spec.elements for spec in source.specs.values())
     return round(8 * stored_bytes(source) / max(parameters, 1), 4)
 
 
 def _linear_bytes(source: Source) -> dict[str, int]:
     """Bytes of every quantized linear, its scales and zero points included."""
+    if source.checkpoint.block_types:
+        return {name.removesuffix(".weight"): size for name, (_, size) in source.checkpoint.block_types.items()}
     suffixes = source.format.SUFFIXES if source.format else ()
     return {linear: sum(source.checkpoint.specs[name].nbytes for suffix in suffixes
                         if (name := f"{linear}.{suffix}") in source.checkpoint.specs) for linear in source.schemes}
@@ -231,10 +241,10 @@ def _schemes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _not_quantized(source: Source, record: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The other tensors, those that differ only in their numbers as one line."""
-    reasons = {one["name"]: one["reason"] for one in (record or {}).get("kept", [])}
+    reasons, quantized = {one["name"]: one["reason"] for one in (record or {}).get("kept", [])}, _linear_bytes(source)
     groups: dict[tuple[str, str, str], list[TensorSpec]] = {}
     for name, spec in source.specs.items():
-        if name.removesuffix(".weight") not in source.schemes:
+        if name.removesuffix(".weight") not in quantized:
             vector = len(spec.shape) < 2
             pattern = any_number(name.removesuffix(".weight"))
             if vector:
@@ -299,7 +309,7 @@ def _wrong_hashes(source: Source, record: dict[str, Any], step: Step) -> list[st
     problems = []
     for done, (name, digest) in enumerate(record["outputs"].items()):
         step(done, len(record["outputs"]), name)
-        path = source.directory / name
+        path = _folder(source) / name
         if not path.is_file():
             problems.append(f"{path}: is in the manifest, but not there")
         elif manifest.file_hash(path) != digest:
@@ -321,6 +331,11 @@ def _wrong_layout(source: Source, record: dict[str, Any] | None, step: Step) -> 
                     problems.append(f"{spec.name}: missing, or not {NAMES_OF_DTYPES[spec.dtype]} {list(spec.shape)}")
         extra = sorted(set(source.schemes) - {layer["stored"] for layer in record["layers"]})
         problems += [f"{name}: is quantized, but not in the manifest" for name in extra]
+    if record is not None and source.checkpoint.block_types:
+        wanted = {f"{layer['stored']}.weight": layer["scheme"]["grid"] for layer in record["layers"]}
+        found_types = {name: kind for name, (kind, _) in source.checkpoint.block_types.items()}
+        problems += [f"{name}: the manifest says {wanted.get(name)}, the file {found_types.get(name)}"
+                     for name in sorted({*wanted, *found_types}) if wanted.get(name) != found_types.get(name)]
     step(0, 1, "building the architecture")
     try:
         from qtool.models import skeleton

@@ -54,6 +54,24 @@ def test_families_go_through_and_come_back(family: str, tmp_path: Path) -> None:
         assert (original - back).norm() <= (0.2 if original.dim() == 2 else 1e-2) * original.norm(), name
     record = inspect.record_of(decoded)
     assert record is not None and record["recipe"]["mixture"] == "q4_k_m"
+    rows = inspect.layers(decoded, record)
+    assert {row["stored"]: row["scheme_label"] for row in rows} == {
+        layer["stored"]: layer["scheme"]["grid"] for layer in result["layers"]}
+    summary = inspect.summary(decoded)
+    assert summary["bits_per_weight"] == result["totals"]["bits_per_weight"]
+    assert {one["scheme"] for one in summary["schemes"]} == set(types)
+    assert inspect.verify(decoded, rows) == []
+
+
+def test_verify_finds_a_changed_byte(tmp_path: Path) -> None:
+    quantize(wide(tmp_path / "model", num_hidden_layers=1), tmp_path / "out", "q4_0", steps=[{"rtn": {}}])
+    path = tmp_path / "out" / "model-Q4_0.gguf"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    source = decode.open_model(str(tmp_path / "out"))
+    problems = inspect.verify(source, inspect.layers(source, inspect.record_of(source)))
+    assert len(problems) == 1 and str(path) in problems[0] and "sha256" in problems[0]
 
 
 def test_what_gguf_reads_is_what_was_solved(tmp_path: Path) -> None:

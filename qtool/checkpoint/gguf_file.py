@@ -28,6 +28,7 @@ from qtool.checkpoint.tensor_io import read_into, sha256_files
 from qtool.errors import CheckpointError
 from qtool.tensors import TensorSpec
 
+DENSE = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; bounds the float32 temporaries
 # Vocabularies (tokenizer.ggml.pre) in which each digit is a token of its own. transformers does not know them; the rule
 # is llama.cpp's (src/llama-vocab.cpp).
@@ -56,6 +57,9 @@ def open_gguf(path: Path, work_dir: Path | None = None) -> Checkpoint:
         fetch=lambda name, start, stop: _fetch(path, parts[name], dtype, start, stop),
         hash_files=lambda: sha256_files({path.name: path}),
         release=temporary.cleanup if temporary is not None else None,
+        block_types={name: (part.tensor.kind.name.lower(), part.tensor.row_bytes * part.shape[0])
+                     for name, part in parts.items()
+                     if name.endswith(".weight") and len(part.shape) == 2 and part.tensor.kind not in DENSE},
     )
 
 

@@ -39,6 +39,7 @@ class Checkpoint:
     origin: what identifies it, a path or org/name@commit.  name: a short name for output directories.
     kind: safetensors, hub or gguf.  config: config.json.  directory: a local folder with config and tokenizer.
     specs: every tensor, sorted by name, with the shape and dtype in which `read` returns it.
+    block_types: of a GGUF file, weight -> (its type such as q4_k, bytes), where it is quantized.
     """
 
     origin: str
@@ -50,6 +51,7 @@ class Checkpoint:
     fetch: Callable[[str, int | None, int | None], torch.Tensor]  # name, first row, row after the last; None: all rows
     hash_files: Callable[[], dict[str, str]]
     release: Callable[[], None] | None = None
+    block_types: dict[str, tuple[str, int]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:

