@@ -15,7 +15,7 @@ from qtool.plan import Plan
 from qtool.stages import LinearPlan
 from qtool.tensors import all_finite
 
-CHUNK_ELEMENTS = 1 << 24  # at a time; bounds the float32 temporaries
+CHUNK_ELEMENTS = 1 << 22  # at a time; bounds the float32 temporaries
 
 
 def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearPlan) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, levels: torch.Ten
     arguments = (_float("weight", weight), _float("importance", importance), _float("levels", levels),
                  _float("edges", edges), super_, sub, *scale_range, mins, steps, rounds, energy, uniform)
     checks.fit_blocks(*arguments)
+    checks.require(mins > 0 or float(levels[0]) < 0, "without a minimum the lowest level is negative")
     return _ops.fit_blocks(*arguments)
 
 

@@ -115,7 +115,6 @@ def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, values: torch.Ten
             f"importance {shape(importance)} for weight {shape(weight)}")
     require(steps >= 1 and rounds >= 0 and energy >= 0, f"steps {steps}, rounds {rounds}, energy {energy}")
     levels(values, edges)
-    require(mins > 0 or float(values[0]) < 0, "without a minimum the lowest level is negative")
     one_device(weight, importance, values, edges)
 
 

@@ -20,6 +20,9 @@ from tests.ops import cases
 ROOT = Path(__file__).parents[2]
 
 
+FIELDS = torch.tensor([[0, 0, 4, 0, 0], [1, 0, 4, 0, 4], [63, 2, 2, 2, 6]], dtype=torch.int32)
+
+
 def calls(device: str) -> dict[str, tuple[Any, ...]]:
     """Right arguments of every op, as the schemas have them."""
     weight, weighting, square = cases.weights(8, 64), cases.importance(64), cases.hessian(64)
@@ -35,6 +38,9 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "solve_levels": (weight, weight, square, scale, *cases.levels(16), index),
         "refine_levels": (weight, square, codes, scale, *cases.levels(16), index),
         "multiply_int8": (cases.signed_codes(5, 64), cases.signed_codes(8, 64, 1), weighting[:5], weighting[:8]),
+        "fit_blocks": (weight, weighting, torch.arange(16.0), torch.arange(15.0) + 0.5, 64, 16, 0, 63, 63, 3, 1, 0.5,
+                       True),
+        "pack_fields": (codes, FIELDS, 3), "unpack_fields": (codes[:, :3].contiguous(), FIELDS, 64),
         "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
     }
     return {name: tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in given)
@@ -57,6 +63,11 @@ def test_shapes_without_data(name: str) -> None:
 def test_shape_functions_check_arguments() -> None:
     with pytest.raises(ValueError, match="does not divide 64 columns"):
         torch.ops.qtool.round_affine(*calls("meta")["round_affine"][:3], 48, 4)
+
+
+def fit_blocks(**changes: Any) -> Any:
+    given = {"super_": 64, "sub": 16, "scale_range": (0, 63), "mins": 63, **changes}
+    return ops.fit_blocks(torch.ones(2, 64), torch.ones(64), torch.arange(4.0), torch.arange(3.0) + 0.5, **given)
 
 
 BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
@@ -82,6 +93,10 @@ BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
     (lambda: ops.multiply_int8(BYTE.char(), BYTE.char(), ONE[:, 0], ONE[0]), r"right_scale is .* not float32 \[2\]"),
     (lambda: ops.multiply_int8(BYTE.char(), BYTE.char(), ONE[:, 0], ONE[:, 0].to("meta")), "different devices"),
     (lambda: ops.multiply_int8(*[BYTE.char()[:1].expand(1, 1 << 17)] * 2, ONE[0], ONE[0]), "may not fit into 32 bits"),
+    (lambda: fit_blocks(super_=48), "does not divide 64"), (lambda: fit_blocks(sub=24), "sub 24 for super 64"),
+    (lambda: fit_blocks(scale_range=(0, 0)), "scale_low 0, scale_high 0"),
+    (lambda: fit_blocks(mins=256), "mins is 256"),
+    (lambda: fit_blocks(mins=0), "the lowest level is negative"), (lambda: fit_blocks(steps=0), "steps 0"),
     (lambda: ops.pack_bits(torch.ones(3, dtype=torch.uint8), 4), "two dimensions"),
     (lambda: ops.pack_bits(torch.ones(3, 3), 4), "codes is torch.float32"),
     (lambda: ops.unpack_bits(torch.ones(3, 2, dtype=torch.int32), 4, 99), "2 words cannot hold 99"),
