@@ -32,7 +32,7 @@ test: $(READY)  ## the tests (no network, no GPU)
 	$(BIN)/python -m pytest
 
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
-	bash loaders/setup.sh
+	bash loaders/setup.sh gptqmodel llamacpp mlx onnx vllm
 	$(BIN)/python -m pytest -m loaders tests/loaders
 
 test-ray: $(READY)  ## jobs on a local Ray cluster of two nodes, one of them killed
