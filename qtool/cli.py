@@ -347,6 +347,12 @@ def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, An
             made = recipe.override(made, {key: value}, flag)
     changes = dict(recipe.parse_setting(setting) for setting in settings)
     made = recipe.override(made, changes) if changes else made
+    typed = [flag for flag in ("--bits", "--group-size", "--symmetric", "--double-quant")
+             if flags[flag][1] is not None and made.mixture]
+    if typed:
+        told = "--symmetric or --asymmetric" if typed[0] == "--symmetric" else typed[0]
+        raise RecipeError(f"{told} means nothing with the GGUF types of {made.mixture}, which have their own bits; "
+                          "leave it out, or choose another mixture")
     idle = [flag for flag in ("--bits", "--group-size") if flags[flag][1] is not None]
     if idle and made.budget is not None and not made.budget.schemes:
         raise RecipeError(f"{idle[0]} means nothing with a budget, which chooses bits and groups for each linear; "

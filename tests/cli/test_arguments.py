@@ -46,6 +46,8 @@ BAD_QUANTIZE = [
     (f"MODEL --set steps.gptq.dampin=1 {SHAPED}", "unknown option 'dampin'.*damping"),
     ("MODEL --set steps.awq.x=1", "no step 'awq'; its steps: asymmetric, gptq"),
     ("MODEL --set scheme.bits=[", "not valid YAML"),
+    ("MODEL --method q4_k_m --bits 3", "--bits means nothing with the GGUF types of q4_k_m"),
+    ("MODEL --method q2_k --asymmetric", "--symmetric or --asymmetric means nothing"),
     (f"MODEL --format ggml {SHAPED}", "unknown format 'ggml'.*compressed-tensors, fp8, gguf, gptq"),
     (f"MODEL --format hf {SHAPED}", "hf keeps dense weights.*--format compressed-tensors"),
     ("MODEL --dtype int8", "--dtype: .*'bfloat16'"),
