@@ -32,19 +32,30 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
     if wanted.requantize is not None:
         return _requantized(path, wanted.to, wanted.requantize, wanted.out, quiet)
     with console.working(f"reading {path}", quiet):
-        from qtool import export, export_gguf, export_onnx
-        from qtool.decode import open_model
-
-        source = open_model(path)
-        module: Any = {"gguf": export_gguf, "onnx": export_onnx}.get(wanted.to, export)
-        job = (export_gguf.make_export(source, wanted.type, wanted.out, wanted.imatrix) if wanted.to == "gguf"
-               else export_onnx.make_export(source, wanted.out, wanted.accuracy_level, wanted.dtype)
-               if wanted.to == "onnx" else export.make_export(source, wanted.to, wanted.out))
+        module, job = _made(path, wanted)
     for text in job.lost:
         console.note(f"note: {text}", quiet)
     with console.steps("exporting", quiet) as step:
         result: dict[str, Any] = module.run(job, step)
     return result
+
+
+def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
+    """The exporter and its job; the others are not imported, which would take longer than many an export."""
+    from qtool.decode import open_model
+
+    source = open_model(path)
+    if wanted.to == "gguf":
+        from qtool import export_gguf
+
+        return export_gguf, export_gguf.make_export(source, wanted.type, wanted.out, wanted.imatrix)
+    if wanted.to == "onnx":
+        from qtool import export_onnx
+
+        return export_onnx, export_onnx.make_export(source, wanted.out, wanted.accuracy_level, wanted.dtype)
+    from qtool import export
+
+    return export, export.make_export(source, wanted.to, wanted.out)
 
 
 def _requantized(path: str, to: str, how: str, out: Path | None, quiet: bool) -> dict[str, Any]:
