@@ -21,7 +21,7 @@ from qtool.decode import Source
 from qtool.errors import InputError, NumericalError, OutputError, PlanError, VerificationError
 from qtool.formats import gguf as blocks
 from qtool.mixtures import MIXTURES
-from qtool.models import skeleton
+from qtool.models import outline, skeleton
 from qtool.tensors import TensorSpec, all_finite
 from qtool.workspace import Workspace, storage_error
 
@@ -69,7 +69,8 @@ def make_export(source: Source, kind: str | None = None, out: Path | None = None
     kind = None if kind is None else kind.lower()
     if kind is not None and kind not in STORAGES and kind not in MIXTURES:
         raise InputError(f"--type {kind}: give one of {', '.join((*STORAGES, *MIXTURES))}")
-    bones = skeleton.build(source.directory, source.config, source.specs)
+    described = source.directory, source.config, source.specs
+    bones = outline.build(*described) or skeleton.build(*described)
     specs = [source.specs[bones.source(name)] for name in bones.parameters]
     if imatrix is not None and kind not in MIXTURES:
         raise InputError(f"--imatrix {imatrix} says how block types are fitted; give one with --type, such as q4_k_m")
