@@ -12,23 +12,23 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
-from qtool import found, inspect, manifest, outside, plan_gguf, recipe
+from qtool import inspect, manifest, outside, plan_gguf, recipe
 from qtool.checkpoint.gguf_header import read_gguf_header
-from qtool.checkpoint.gguf_metadata import describe
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
 from qtool.checkpoint.imatrix import read_imatrix, spread
 from qtool.decode import Source
-from qtool.errors import InputError, NumericalError, OutputError, PlanError, VerificationError
+from qtool.errors import InputError, OutputError, PlanError, VerificationError
 from qtool.formats import gguf as blocks
+from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
-from qtool.tensors import TensorSpec, all_finite
+from qtool.tensors import TensorSpec
 from qtool.workspace import Workspace, storage_error
 
 NAME = "gguf"
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
               GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16}
-PLAIN_STEPS, PLAIN_ROUNDS = 9, 1  # of the search for scales without text: twice as many gain a hundredth
+PLAIN = rtn.Options(shrink_steps=9, rounds=1)  # a shorter search than with text
 TENSORS_NAME = "model.gguf"  # in the working directory
 
 
@@ -76,9 +76,7 @@ def make_export(source: Source, kind: str | None = None, out: Path | None = None
         raise InputError(f"--imatrix {imatrix} says how block types are fitted; give one with --type, such as q4_k_m")
     storage = (mixed(kind, bones, source, specs, _importance(source, imatrix)) if kind in MIXTURES
                else STORAGES[kind or "auto"](specs))
-    config = skeleton.config_values(source.directory, source.config, source.specs)
-    model = describe(config, source.directory, bones.vocabulary, source.name,
-                     Path(source.origin) if source.kind == "gguf" else None)
+    model = plan_gguf.described(source, bones)
     return GgufExport(source, _place(source, storage, out), model, storage, model.notes)
 
 
@@ -102,7 +100,7 @@ def _importance(source: Source, imatrix: Path | None) -> dict[str, torch.Tensor]
     if imatrix is None:
         return {}
     shapes = {name: (spec.shape[0], spec.shape[1]) for name, spec in source.specs.items()
-              if len(spec.shape) == 2 and name.endswith("proj.weight")}
+              if len(spec.shape) == 2 and name.endswith(".weight")}
     found_means = spread(read_imatrix(imatrix), shapes, str(source.config.get("model_type")), str(imatrix))
     if not found_means:
         raise InputError(f"{imatrix}: has no entry for any matrix of {source.origin}; it belongs to another model")
@@ -130,26 +128,17 @@ def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[Te
         scheme = schemes.get(output.name)
         if scheme is None:
             return tensor.to(output.dtype)
-        return _rounded(tensor, output, scheme, importance.get(output.name))
+        packed = torch.empty(output.shape, dtype=output.dtype)
+        for chunk in outside.rounded(blocks, output.name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1]),
+                                     scheme, tensor.dtype, lambda start, stop: tensor[start:stop], PLAIN,
+                                     importance.get(output.name)):
+            packed[chunk.start:chunk.stop] = chunk.packed
+        return packed
 
     types = {name: GGMLQuantizationType[scheme.grid.upper()] for name, scheme in schemes.items()}
     weighed = hashlib.sha256(b"".join(means.numpy().tobytes() for _, means in sorted(importance.items()))).hexdigest()
     return Storage(mixture.upper(), LlamaFileType(MIXTURES[mixture][0]), tuple(outputs), types, encode,
                    weighed if importance else None)
-
-
-def _rounded(tensor: torch.Tensor, output: TensorSpec, scheme: recipe.Scheme,
-             importance: torch.Tensor | None) -> torch.Tensor:
-    """The blocks of a matrix [N, K], some rows at a time."""
-    grid, linear = found.load("grids", scheme.grid), output.name.removesuffix(".weight")
-    packed, step = torch.empty(output.shape, dtype=output.dtype), max(1, outside.CHUNK_ELEMENTS // tensor.shape[1])
-    for start in range(0, tensor.shape[0], step):
-        chunk = tensor[start:start + step].float()
-        if not all_finite(chunk):
-            raise NumericalError(f"{output.name}: has values that are NaN or infinite; the checkpoint is damaged")
-        fitted = grid.fit(chunk, scheme, torch.float16, importance, PLAIN_STEPS, True, PLAIN_ROUNDS)
-        packed[start:start + step] = blocks.pack(linear, grid.encode(chunk, fitted))[output.name]
-    return packed
 
 
 def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:

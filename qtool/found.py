@@ -28,6 +28,7 @@ def _names(folder: str) -> tuple[str, ...]:
     return tuple(sorted(files | set(_collected(folder))))
 
 
+@functools.cache
 def _collected(folder: str) -> dict[str, Any]:
     if folder not in COLLECTIONS:
         return {}

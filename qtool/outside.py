@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,37 +15,63 @@ from qtool.container import Writer
 from qtool.errors import NumericalError, VerificationError
 from qtool.methods import rtn
 from qtool.plan import Plan
+from qtool.recipe import Scheme
 from qtool.stages import LinearPlan
-from qtool.tensors import all_finite
+from qtool.tensors import QuantizedTensor, all_finite
 
 CHUNK_ELEMENTS = 1 << 22  # at a time; bounds the float32 temporaries
 
 
-def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearPlan) -> dict[str, Any]:
-    """Fit, round, pack and write one embedding or head [N, K]; returns its record. Of one tensor."""
-    grid, name, (rows, columns) = found.load("grids", linear.scheme.grid), f"{linear.stored}.weight", linear.shape
-    options, dtype = rtn.Options(), plan.format.scale_dtype(plan.model_dtype)
-    spec, = plan.format.layout(linear.stored, linear.shape, linear.scheme, plan.model_dtype)
-    packed, step = torch.empty(spec.shape, dtype=spec.dtype), max(1, CHUNK_ELEMENTS // columns)
-    lost = energy = 0.0
+@dataclass(frozen=True)
+class Chunk:
+    """Rows start .. stop of a weight: as they are (float32), quantized, and packed."""
+
+    start: int
+    stop: int
+    weight: torch.Tensor
+    quantized: QuantizedTensor
+    packed: torch.Tensor
+
+
+def rounded(format_: ModuleType, linear: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype,
+            read: Callable[[int, int], torch.Tensor], options: rtn.Options,
+            importance: torch.Tensor | None = None) -> Iterator[Chunk]:
+    """A linear [N, K] fitted, rounded and packed some rows at a time, for formats with one tensor per linear.
+
+    read: (start, stop) -> those rows.  dtype: the model's.  importance: float32 [K], else large weights count more.
+    Raises NumericalError.
+    """
+    grid, name, (rows, columns) = found.load("grids", scheme.grid), f"{linear}.weight", shape
+    step = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        chunk = checkpoint.read_rows(name, start, stop).float()
-        if not all_finite(chunk):
-            bad = int((~torch.isfinite(chunk)).sum())
+        weight = read(start, stop).float()
+        if not all_finite(weight):
+            bad = int((~torch.isfinite(weight)).sum())
             raise NumericalError(f"{name}: {bad} values in rows {start} to {stop} are NaN or infinite; the checkpoint "
                                  "is damaged")
-        fitted = grid.fit(chunk, linear.scheme, dtype, None, options.shrink_steps, options.signed, options.rounds)
-        quantized = grid.encode(chunk, fitted)
-        dense = grid.decode(quantized)
-        part = plan.format.pack(linear.stored, quantized, plan.model_dtype)[name]
-        again = plan.format.unpack(linear.stored, {name: part}.__getitem__, linear.scheme, (stop - start, columns))
+        fitted = grid.fit(weight, scheme, format_.scale_dtype(dtype), importance, options.shrink_steps,
+                          options.signed, options.rounds)
+        quantized = grid.encode(weight, fitted)
+        yield Chunk(start, stop, weight, quantized, format_.pack(linear, quantized, dtype)[name])
+
+
+def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearPlan) -> dict[str, Any]:
+    """Write one embedding or head [N, K]; returns its record."""
+    grid, name = found.load("grids", linear.scheme.grid), f"{linear.stored}.weight"
+    spec, = plan.format.layout(linear.stored, linear.shape, linear.scheme, plan.model_dtype)
+    packed = torch.empty(spec.shape, dtype=spec.dtype)
+    lost = energy = 0.0
+    for chunk in rounded(plan.format, linear.stored, linear.shape, linear.scheme, plan.model_dtype,
+                         lambda start, stop: checkpoint.read_rows(name, start, stop), rtn.Options()):
+        dense, shape = grid.decode(chunk.quantized), (chunk.stop - chunk.start, linear.shape[1])
+        again = plan.format.unpack(linear.stored, {name: chunk.packed}.__getitem__, linear.scheme, shape)
         if not torch.equal(grid.decode(again), dense):
             raise VerificationError(f"{linear.stored}: {linear.scheme.grid} does not give back what was packed; this "
                                     f"is a bug in format {plan.format.NAME}")
-        packed[start:stop] = part
-        lost += float((chunk - dense).double().square().sum())
-        energy += float(chunk.double().square().sum())
+        packed[chunk.start:chunk.stop] = chunk.packed
+        lost += float((chunk.weight - dense).double().square().sum())
+        energy += float(chunk.weight.double().square().sum())
     writer.write(name, packed)
     if not torch.equal(writer.read_back(name), packed):
         raise VerificationError(f"{linear.stored}: what was read back differs from what was written; the disk or the "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool import found
 from qtool.checkpoint.reader import Checkpoint
+from qtool.decode import Source
 from qtool.errors import PlanError
 from qtool.mixtures import EMBEDDING, OUTPUT, Shape, choose, role_of
 from qtool.models.skeleton import Skeleton, config_values
@@ -33,7 +34,7 @@ def refuse(recipe: Recipe) -> None:
         raise PlanError(f"mixture {recipe.mixture} and a budget both choose the type of each tensor; give one of them")
 
 
-def described(checkpoint: Checkpoint, skeleton: Skeleton) -> GgufModel:
+def described(checkpoint: Checkpoint | Source, skeleton: Skeleton) -> GgufModel:
     """What the file will say beside its tensors. Raises PlanError for a model that GGUF cannot hold."""
     from qtool.checkpoint.gguf_metadata import describe  # needs gguf and a tokenizer
 

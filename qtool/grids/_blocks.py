@@ -6,6 +6,7 @@ Source: ggml's block layouts (formats.md 6.3). A block of `super` columns has d 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +35,12 @@ class BlockGrid:
     JOINT = True
     FREE_SCALES = False
 
-    @property
+    @functools.cached_property
+    def edges(self) -> torch.Tensor:
+        """float32 [L - 1]: above edge i a quotient is nearer to level i + 1."""
+        return midpoints(self.levels)
+
+    @functools.cached_property
     def uniform(self) -> bool:
         """Whether the levels are all the integers that `bits` bits count."""
         whole = torch.arange(len(self.levels)) + self.levels[0]
@@ -64,8 +70,8 @@ class BlockGrid:
         energy = 0.0 if importance is not None else 1.0
         importance = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance
         levels = self.levels.to(weight.device)
-        d, scales, dmin, mins = ops.fit_blocks(weight, importance, levels, midpoints(levels), self.super, self.sub,
-                                               self.scales, self.mins, shrink_steps, rounds, energy)
+        d, scales, dmin, mins = ops.fit_blocks(weight, importance, levels, self.edges.to(weight.device), self.super,
+                                               self.sub, self.scales, self.mins, shrink_steps, rounds, energy)
         return self.fitted(d, scales, dmin, mins)
 
     def fitted(self, d: torch.Tensor, scales: torch.Tensor, dmin: torch.Tensor, mins: torch.Tensor,
@@ -87,8 +93,8 @@ class BlockGrid:
         if self.uniform:
             codes = ops.round_affine(weight, fitted.scale, fitted.zero_point, self.sub, self.bits)
         else:
-            levels = self.levels.to(weight.device)
-            codes = ops.round_levels(weight, fitted.scale, levels, midpoints(levels), self.sub)
+            levels, edges = self.levels.to(weight.device), self.edges.to(weight.device)
+            codes = ops.round_levels(weight, fitted.scale, levels, edges, self.sub)
         return replace(fitted, codes=codes)
 
     def decode(self, tensor: QuantizedTensor) -> torch.Tensor:
@@ -110,8 +116,8 @@ class BlockGrid:
         """See ops.solve_columns; weight is without the offsets."""
         if self.uniform:
             return ops.solve_columns(weight, shift, factor, fitted.scale, fitted.zero_point, group_index, self.bits)
-        levels = self.levels.to(weight.device)
-        return ops.solve_levels(weight, shift, factor, fitted.scale, levels, midpoints(levels), group_index)
+        levels, edges = self.levels.to(weight.device), self.edges.to(weight.device)
+        return ops.solve_levels(weight, shift, factor, fitted.scale, levels, edges, group_index)
 
     def refine_columns(self, gradient: torch.Tensor, hessian: torch.Tensor, part: QuantizedTensor,
                        group_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +125,8 @@ class BlockGrid:
         if self.uniform:
             return ops.refine_columns(gradient, hessian, part.codes, part.scale, part.zero_point, group_index,
                                       self.bits)
-        levels = self.levels.to(gradient.device)
-        return ops.refine_levels(gradient, hessian, part.codes, part.scale, levels, midpoints(levels), group_index)
+        levels, edges = self.levels.to(gradient.device), self.edges.to(gradient.device)
+        return ops.refine_levels(gradient, hessian, part.codes, part.scale, levels, edges, group_index)
 
     def refit(self, part: QuantizedTensor, error: torch.Tensor, hessian: torch.Tensor) -> None:
         """Least squares for d and dmin of each block, then for each integer, codes kept; in place, as is `error`.
