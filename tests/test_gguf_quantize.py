@@ -228,3 +228,23 @@ def test_an_importance_matrix_weighs_the_rounding(tmp_path: Path) -> None:
         export_gguf.make_export(source, "q3_k_s", tmp_path / "x.gguf", tmp_path / "o.gguf")
     with pytest.raises(InputError, match="such as q4_k_m"):
         export_gguf.make_export(source, "f16", tmp_path / "x.gguf", tmp_path / "i.gguf")
+
+
+def test_an_importance_matrix_reaches_experts_of_any_name(tmp_path: Path) -> None:
+    """Mixtral's linears are called w1, w2 and w3."""
+    from qtool.checkpoint.imatrix import write_imatrix
+
+    model = wide(tmp_path / "model", "mixtral", num_hidden_layers=1)
+    means = torch.ones(4, 256)
+    means[2, ::2] = 100.0  # of one expert
+    write_imatrix(tmp_path / "i.gguf", {"blk.0.ffn_gate_exps.weight": (means, torch.ones(4))}, ["text"], 1, 1)
+    source = decode.open_model(str(model))
+    for name, imatrix in (("plain", None), ("weighed", tmp_path / "i.gguf")):
+        export_gguf.run(export_gguf.make_export(source, "q3_k_s", tmp_path / f"{name}.gguf", imatrix))
+    plain, weighed = (read_by_gguf(tmp_path / f"{name}.gguf")["blk.0.ffn_gate_exps.weight"][1]
+                      for name in ("plain", "weighed"))
+    gates = ("w1.weight", "gate_proj.weight")
+    linear = next(name for name in source.specs if ".experts.2." in name and name.endswith(gates))
+    original = source.read(linear).float()
+    before, after = ((original - values[2])[:, ::2].square().sum() for values in (plain, weighed))
+    assert after < 0.9 * before
