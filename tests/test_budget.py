@@ -19,11 +19,6 @@ from tests import tiny
 SMALL = {"calibration.samples": 8, "calibration.sequence_length": 32, "calibration.batch_tokens": 128}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("budget") / "llama", "llama")

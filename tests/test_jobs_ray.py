@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parent.parent
@@ -47,14 +48,6 @@ def place(tmp_path: Path) -> Path:
 def jobs(place: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "qtool", "jobs", *words], cwd=place, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for(log: Path, text: str) -> None:
-    for _ in range(8000):
-        if log.is_file() and text in log.read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{text} never came in {log}")
 
 
 def written(folder: Path) -> dict[str, str]:

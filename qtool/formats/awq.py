@@ -17,6 +17,8 @@ import torch
 
 from qtool import ops
 from qtool.errors import CheckpointError
+from qtool.formats._defaults import extra_files as extra_files
+from qtool.formats._defaults import notes as notes
 from qtool.formats._stored import (
     Read,
     Stored,
@@ -70,10 +72,6 @@ def check_together(schemes: Mapping[str, Scheme]) -> str | None:
             "them the same, or --format compressed-tensors")
 
 
-def notes(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
-
-
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     """Scales are float16 whatever the dtype of the model."""
     return torch.float16
@@ -116,11 +114,6 @@ def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Se
     if left:  # GPTQModel follows this list, not the other
         result["dynamic"] = {f"-:{pattern}": {} for pattern in patterns(with_fused(left), with_fused(list(schemes)))}
     return result
-
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """No files beside config.json."""
-    return {}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

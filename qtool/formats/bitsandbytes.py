@@ -24,6 +24,8 @@ import torch
 
 from qtool import found
 from qtool.errors import CheckpointError, NumericalError
+from qtool.formats._defaults import extra_files as extra_files
+from qtool.formats._defaults import fused_conflicts as fused_conflicts
 from qtool.formats._stored import Read, expect, quantization_config, stored_linears
 from qtool.recipe import OUTLIER_THRESHOLD, Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
@@ -70,10 +72,6 @@ def check_together(schemes: Mapping[str, Scheme]) -> str | None:
 
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
     return ["vLLM from 0.28 on has no bitsandbytes support; transformers loads this"]
-
-
-def fused_conflicts(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -188,11 +186,6 @@ def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Se
         "llm_int8_skip_modules": list(dict.fromkeys([*skipped, "lm_head"])),
         "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
     }
-
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """No files beside config.json."""
-    return {}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

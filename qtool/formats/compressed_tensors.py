@@ -18,6 +18,8 @@ import torch
 
 from qtool.errors import CheckpointError
 from qtool.formats import _ct_float, _ct_int8, _ct_pack
+from qtool.formats._defaults import check_together as check_together
+from qtool.formats._defaults import extra_files as extra_files
 from qtool.formats._stored import Read, expect, order_obstacle, quantization_config, stored_linears
 from qtool.formats._targets import fused_conflicts, patterns
 from qtool.recipe import Scheme
@@ -50,11 +52,6 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
         return (f"{NAME} has no outliers apart (LLM.int8()), as {linear_name} asks for; nearest: activations: token, "
                 "or --format bitsandbytes with --method llm-int8")
     return _kept_by(scheme).check(scheme, linear_name, shape)
-
-
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
-    """Why these linears cannot share a checkpoint: they always can."""
-    return None
 
 
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
@@ -161,11 +158,6 @@ def with_kv_cache(quantization_config: dict[str, Any]) -> dict[str, Any]:
     """The config that says so."""
     return {**quantization_config, "kv_cache_scheme": {"num_bits": 8, "type": "float", "symmetric": True,
                                                        "strategy": "tensor", "dynamic": False}}
-
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """No files beside config.json."""
-    return {}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

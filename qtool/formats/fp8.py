@@ -19,6 +19,8 @@ import torch
 
 from qtool import found
 from qtool.errors import CheckpointError, NumericalError
+from qtool.formats._defaults import check_together as check_together
+from qtool.formats._defaults import extra_files as extra_files
 from qtool.formats._small_floats import BLOCK, every_row, from_bits, once, refuse_blocks, shared_shape, to_bits
 from qtool.formats._stored import Read, expect, quantization_config, stored_linears
 from qtool.formats._targets import fused_conflicts
@@ -47,11 +49,6 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
         return (f"format {NAME} holds blocks of 128 x 128 with inputs rounded per group (--method fp8-block), not the "
                 f"{scheme.label} of {linear_name}; nearest: --format compressed-tensors")
     return refuse_blocks(f"format {NAME}", linear_name, shape)
-
-
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
-    """Why these linears cannot share a checkpoint: they always can."""
-    return None
 
 
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
@@ -120,11 +117,6 @@ def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Se
     """The quantization_config. `skipped`: every other nn.Linear."""
     return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
             "modules_to_not_convert": list(dict.fromkeys([*skipped, "lm_head"]))}
-
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """No files beside config.json."""
-    return {}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

@@ -13,6 +13,12 @@ import torch
 
 from qtool import found, ops
 from qtool.errors import NumericalError
+from qtool.formats._defaults import check_together as check_together
+from qtool.formats._defaults import extra_files as extra_files
+from qtool.formats._defaults import fused_conflicts as fused_conflicts
+from qtool.formats._defaults import notes as notes
+from qtool.formats._defaults import recognises as recognises
+from qtool.formats._defaults import schemes as schemes
 from qtool.formats._ggml_fields import TYPES, fields
 from qtool.formats._stored import Read, expect
 from qtool.recipe import Scheme
@@ -37,19 +43,6 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
         return (f"{linear_name} has {shape[1]} columns and {scheme.grid} has blocks of {width}; a mixture such as "
                 "q4_k_m chooses another type there, or use a rule with grid: q8_0 or q5_0 for it")
     return None
-
-
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
-    """Why these linears cannot share a checkpoint: they always can."""
-    return None
-
-
-def notes(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
-
-
-def fused_conflicts(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -116,22 +109,9 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
-    """Nothing: the file says of each tensor what it is."""
+    """Nothing: no quantization_config is written."""
     return {}
 
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {}
-
-
-def recognises(config: Mapping[str, Any]) -> bool:
-    """Never by a config.json: a GGUF file is told by its first bytes."""
-    return False
-
-
-def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
-            read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
-    return {}
 
 
 def _half_bytes(linear_name: str, value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 
 from qtool.errors import CheckpointError
+from qtool.formats._defaults import check_together as check_together
+from qtool.formats._defaults import extra_files as extra_files
+from qtool.formats._defaults import fused_conflicts as fused_conflicts
+from qtool.formats._defaults import notes as notes
+from qtool.formats._defaults import recognises as recognises
+from qtool.formats._defaults import schemes as schemes
 from qtool.formats._stored import Read, Stored, packable
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor, TensorSpec
@@ -26,18 +32,6 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     """Always a reason: dense weights keep no codes."""
     return (f"hf keeps dense weights, not the {scheme.label} codes of {linear_name}; nearest: --format "
             "compressed-tensors, and qtool export --to hf afterwards for the dense copy")
-
-
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
-    return None
-
-
-def notes(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
-
-
-def fused_conflicts(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -68,19 +62,5 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
-    """Nothing: a config.json of dense weights has no quantization_config (leave the key out)."""
-    return {}
-
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {}
-
-
-def recognises(config: Mapping[str, Any]) -> bool:
-    """Never: a checkpoint without quantization_config needs no format."""
-    return False
-
-
-def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
-            read: Read | None = None) -> dict[str, tuple[Scheme, tuple[int, int]]]:
+    """Nothing: no quantization_config is written."""
     return {}

@@ -21,6 +21,9 @@ import torch
 
 from qtool import ops
 from qtool.errors import CheckpointError, NumericalError
+from qtool.formats._defaults import check_together as check_together
+from qtool.formats._defaults import extra_files as extra_files
+from qtool.formats._defaults import fused_conflicts as fused_conflicts
 from qtool.formats._stored import Read, expect, nearest_group, packable, quantization_config, scheme_of, stored_linears
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
@@ -58,20 +61,12 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     return f"{NAME} has groups of 32, 64 or 128, not the {group} of {linear_name} with {columns} inputs; {hint}"
 
 
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
-    return None
-
-
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
     """What to know about who can load it."""
     if all(scheme.symmetric for scheme in schemes.values()):
         return []
     return ["with zero points, scales and biases are float32 (exact), and mlx computes in float32 from there on; "
             "--symmetric keeps them in the model's dtype"]
-
-
-def fused_conflicts(schemes: Mapping[str, Scheme]) -> list[str]:
-    return []
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -146,11 +141,6 @@ def adapted(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": dict(rope)}
     return {**config, "rope_theta": rope["rope_theta"], **scaling}
-
-
-def extra_files(quantization_config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """No files beside config.json."""
-    return {}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

@@ -6,18 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from qtool.cli import main
 from tests import tiny
 
 SMALL = ["--group-size", "32", "--samples", "12", "--sequence-length", "32", "--quiet"]
 Run = Callable[..., tuple[int, str, str]]  # arguments -> exit status, stdout, stderr
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from qtool import jobs, processes, recipe
 from qtool.errors import RecipeError
 from tests import tiny
 from tests.cli.conftest import Run
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 SET = "set: {scheme.group_size: 32, calibration.samples: 8, calibration.sequence_length: 32}\n"
@@ -123,14 +124,6 @@ def deep(place: Path) -> list[str]:
 
 def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-
-
-def wait_for(log: Path, text: str) -> None:
-    for _ in range(8000):
-        if log.is_file() and text in log.read_text():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{text} never came in {log}")
 
 
 def gone(pid: int) -> bool:

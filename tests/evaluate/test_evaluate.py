@@ -17,11 +17,6 @@ from tests import tiny
 TEXT = "".join(f"Line {index}: the value is {index * index % 97}, and so on.\n" for index in range(400))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("evaluate") / "tiny", "llama")

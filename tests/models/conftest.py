@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,11 +27,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Load
 @pytest.fixture(scope="session")
 def ids() -> torch.Tensor:
     return torch.randint(0, tiny.VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
