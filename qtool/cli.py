@@ -16,56 +16,9 @@ from typing import Annotated, Any
 import typer
 
 import qtool
-from qtool import console
-from qtool.errors import InputError, QtoolError, RecipeError, VerificationError
-from qtool.options import (
-    AccuracyLevel,
-    Asymmetric,
-    Bits,
-    Budget,
-    Checkpoint,
-    Context,
-    Corpus,
-    Csv,
-    Device,
-    DoubleQuant,
-    DryRun,
-    Dtype,
-    ExportOut,
-    Format,
-    GgufType,
-    GraphDtype,
-    GroupSize,
-    Imatrix,
-    JobsFile,
-    Json,
-    KvCache,
-    Layers,
-    Length,
-    MaybeCheckpoint,
-    Method,
-    Model,
-    Original,
-    Out,
-    Outliers,
-    Private,
-    PushTo,
-    Quiet,
-    Ray,
-    RecipeName,
-    Reference,
-    Requantize,
-    Restart,
-    Samples,
-    Seed,
-    Settings,
-    Symmetric,
-    System,
-    Target,
-    Text,
-    Verify,
-    Windows,
-)
+from qtool import console, flags
+from qtool import options as o
+from qtool.errors import InputError, QtoolError, VerificationError
 
 app = typer.Typer(
     name="qtool", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -94,26 +47,27 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command(epilog="Examples:\n\nqtool quantize Qwen/Qwen3-8B --method gptq --bits 4\n\n"
                     "qtool quantize ./model --recipe gptq-int4 --set calibration.samples=256 --dry-run")
 def quantize(
-    model: Model, method: Method = None, recipe: RecipeName = None, bits: Bits = None, budget: Budget = None,
-    group_size: GroupSize = None, symmetric: Symmetric = False, asymmetric: Asymmetric = False,
-    double_quant: DoubleQuant = False, kv_cache: KvCache = None, format_: Format = None, calibration: Text = None,
-    samples: Samples = None, sequence_length: Length = None, dtype: Dtype = None, seed: Seed = None,
-    set_: Settings = None, out: Out = None, device: Device = "auto", dry_run: DryRun = False, restart: Restart = False,
-    json: Json = False, quiet: Quiet = False,
+    model: o.Model, method: o.Method = None, recipe: o.RecipeName = None, bits: o.Bits = None, budget: o.Budget = None,
+    group_size: o.GroupSize = None, symmetric: o.Symmetric = False, asymmetric: o.Asymmetric = False,
+    double_quant: o.DoubleQuant = False, kv_cache: o.KvCache = None, format_: o.Format = None,
+    calibration: o.Text = None, samples: o.Samples = None, sequence_length: o.Length = None, dtype: o.Dtype = None,
+    seed: o.Seed = None, set_: o.Settings = None, out: o.Out = None, device: o.Device = "auto",
+    dry_run: o.DryRun = False, restart: o.Restart = False, json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
 
     The same command goes on where an earlier one stopped.
     """
-    whole, budget = _budget(bits, budget)
-    flags = {"--bits": ("scheme.bits", whole), "--budget": ("budget", budget),
-             "--group-size": ("scheme.group_size", _group_size(group_size)),
-             "--symmetric": ("scheme.symmetric", _symmetric(symmetric, asymmetric)), "--format": ("format", format_),
-             "--kv-cache": ("kv_cache", kv_cache), "--double-quant": ("scheme.double_quant", double_quant or None),
+    whole, budget = flags.bits_or_budget(bits, budget)
+    typed = {"--bits": ("scheme.bits", whole), "--budget": ("budget", budget),
+             "--group-size": ("scheme.group_size", flags.group_size(group_size)),
+             "--symmetric": ("scheme.symmetric", flags.symmetric(symmetric, asymmetric)),
+             "--format": ("format", format_), "--kv-cache": ("kv_cache", kv_cache),
+             "--double-quant": ("scheme.double_quant", double_quant or None),
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
              "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
              "--seed": ("seed", seed)}
-    made = _recipe(method, recipe, flags, set_ or [])
+    made = flags.to_recipe(method, recipe, typed, set_ or [])
     with console.working(f"reading {model}", quiet or json):
         from qtool import pipeline, prepare
         from qtool.outputs import make_plan
@@ -150,8 +104,8 @@ def _without_kernels() -> list[str]:
 @app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --layers\n\n"
                     "qtool inspect OUT --layers --json | jq -r '.layers[] | select(.sqnr_db < 15) | .name'")
 def inspect(
-    path: MaybeCheckpoint = None, layers: Layers = False, outliers: Outliers = False, against: Original = None,
-    verify: Verify = False, system: System = False, json: Json = False, csv: Csv = False,
+    path: o.MaybeCheckpoint = None, layers: o.Layers = False, outliers: o.Outliers = False, against: o.Original = None,
+    verify: o.Verify = False, system: o.System = False, json: o.Json = False, csv: o.Csv = False,
 ) -> None:
     """Show what is in a checkpoint: schemes, sizes, bits per weight, errors."""
     if json and csv:
@@ -194,8 +148,8 @@ def inspect(
 @app.command("eval", epilog="Example:\n\n"
                             "qtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt")
 def evaluate(
-    path: Checkpoint, against: Reference = None, text: Corpus = "builtin", windows: Windows = 20,
-    context: Context = 1024, device: Device = "auto", json: Json = False, quiet: Quiet = False,
+    path: o.Checkpoint, against: o.Reference = None, text: o.Corpus = "builtin", windows: o.Windows = 20,
+    context: o.Context = 1024, device: o.Device = "auto", json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
     """Measure perplexity, and with --against how far the predictions moved."""
     with console.working(f"reading {path}", json or quiet):
@@ -213,10 +167,10 @@ def evaluate(
                     "qtool export ./Qwen3-8B-awq --to mlx --requantize int4-g64\n\n"
                     "qtool export Qwen/Qwen3-8B --to gguf --type q4_k_m\n\n"
                     "qtool export ./Qwen3-8B-gptq-int4-g128 --push-to me/Qwen3-8B-gptq --private")
-def export(path: Checkpoint, to: Target = None, requantize: Requantize = None, out: ExportOut = None,
-           type: GgufType = None, imatrix: Imatrix = None, accuracy_level: AccuracyLevel = None,
-           dtype: GraphDtype = None, push_to: PushTo = None, private: Private = False, json: Json = False,
-           quiet: Quiet = False) -> None:
+def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = None, out: o.ExportOut = None,
+           type: o.GgufType = None, imatrix: o.Imatrix = None, accuracy_level: o.AccuracyLevel = None,
+           dtype: o.GraphDtype = None, push_to: o.PushTo = None, private: o.Private = False, json: o.Json = False,
+           quiet: o.Quiet = False) -> None:
     """Write a checkpoint in another format, a quantized one with the same codes and scales; or upload it."""
     if to is None and push_to is None:
         raise InputError("give --to FORMAT, --push-to NAMESPACE/NAME, or both")
@@ -239,8 +193,8 @@ def export(path: Checkpoint, to: Target = None, requantize: Requantize = None, o
 
 @app.command(epilog="Examples:\n\nqtool jobs nightly.yaml --dry-run\n\n"
                     "qtool jobs nightly.yaml --json | jq '.jobs[] | {out, status, message}'")
-def jobs(file: JobsFile, device: Device = "auto", ray: Ray = None, dry_run: DryRun = False,
-         restart: Restart = False, json: Json = False, quiet: Quiet = False) -> None:
+def jobs(file: o.JobsFile, device: o.Device = "auto", ray: o.Ray = None, dry_run: o.DryRun = False,
+         restart: o.Restart = False, json: o.Json = False, quiet: o.Quiet = False) -> None:
     """Quantize many: a YAML file lists jobs, or models × recipes.
 
     One that fails does not stop the others; the exit status is then 1. The same command again does what is missing.
@@ -311,53 +265,6 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _budget(bits: float | None, budget: str | None) -> tuple[int | float | None, str | None]:
-    """(bits of a code, budget): bits with a fraction are a budget."""
-    if bits is not None and budget is not None:
-        raise RecipeError(f"--bits {bits:g} and --budget {budget} both say how many bits; give one of them")
-    return (bits, budget) if bits is None else (int(bits), None) if bits.is_integer() else (None, f"{bits}")
-
-
-def _group_size(given: str | None) -> int | str | None:
-    if given is None or given == "auto":
-        return given
-    try:
-        return int(given)
-    except ValueError:
-        raise RecipeError(f"--group-size {given}: give a number of columns, -1 (a whole row) or auto") from None
-
-
-def _symmetric(symmetric: bool, asymmetric: bool) -> bool | None:
-    if symmetric and asymmetric:
-        raise RecipeError("--symmetric and --asymmetric exclude each other; give one of them, or neither")
-    return True if symmetric else False if asymmetric else None
-
-
-def _recipe(method: str | None, name: str | None, flags: dict[str, tuple[str, Any]], settings: list[str]) -> Any:
-    """Method preset or recipe, then the flags, then --set."""
-    from qtool import recipe
-
-    if method and name:
-        raise RecipeError(f"--method {method} and --recipe {name} both say how to quantize; give one of them")
-    made = recipe.load(name) if name else recipe.preset(method or "gptq")
-    for flag, (key, value) in flags.items():
-        if value is not None:
-            made = recipe.override(made, {key: value}, flag)
-    changes = dict(recipe.parse_setting(setting) for setting in settings)
-    made = recipe.override(made, changes) if changes else made
-    typed = [flag for flag in ("--bits", "--group-size", "--symmetric", "--double-quant")
-             if flags[flag][1] is not None and made.mixture]
-    if typed:
-        told = "--symmetric or --asymmetric" if typed[0] == "--symmetric" else typed[0]
-        raise RecipeError(f"{told} means nothing with the GGUF types of {made.mixture}, which have their own bits; "
-                          "leave it out, or choose another mixture")
-    idle = [flag for flag in ("--bits", "--group-size") if flags[flag][1] is not None]
-    if idle and made.budget is not None and not made.budget.schemes:
-        raise RecipeError(f"{idle[0]} means nothing with a budget, which chooses bits and groups for each linear; "
-                          "leave it out, or list what may be chosen under budget.schemes in a recipe")
-    return made
 
 
 def _inspected(path: str, against: str | None, verify: bool,
