@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, formats, found, inspect, manifest, transfer
+from qtool import card, footprint, formats, found, inspect, manifest, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -111,8 +111,8 @@ def told(source: Source, out: Path, result: dict[str, Any], linears: int, checke
     return {
         "schema": inspect.SCHEMA, "out": str(out), "from": inspect.stored_name(source), "format": result["format"],
         "linears": linears, "lossless": checked.startswith("lossless"), "requantized": None, "checked": checked,
-        "source_bytes": inspect.stored_bytes(source), "weight_bytes": result["totals"]["weight_bytes"], "notes": notes,
-        "outputs": result["outputs"],
+        "source_bytes": footprint.stored_bytes(source), "weight_bytes": result["totals"]["weight_bytes"],
+        "notes": notes, "outputs": result["outputs"],
     }
 
 
@@ -229,7 +229,7 @@ def record(source: Source, before: dict[str, Any] | None, target: str, sizes: Ma
                       "versions": {}, "source": {"name": source.name, "origin": source.origin,
                                                  "files": source.hashes()}}
     totals = manifest.totals(layers, parameters, weight_bytes,
-                             (before or {}).get("totals", {}).get("source_bytes", inspect.stored_bytes(source)))
+                             (before or {}).get("totals", {}).get("source_bytes", footprint.stored_bytes(source)))
     return {**made, "exported_from": {"format": inspect.stored_name(source), "qtool": qtool.__version__,
                                       "files": source.hashes()},
             "format": target, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": totals}

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
-from qtool import inspect, manifest, outside, plan_gguf, recipe
+from qtool import footprint, inspect, manifest, outside, plan_gguf, recipe
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
 from qtool.checkpoint.imatrix import read_imatrix, spread
@@ -162,7 +162,7 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
     return {
         "schema": inspect.SCHEMA, "out": str(job.out), "format": f"{NAME} {storage.label}",
         "from": inspect.stored_name(source) or f"{inspect.dtype_name(source.dtype)} weights",
-        "linears": len(source.schemes), "lossless": exact, "source_bytes": inspect.stored_bytes(source),
+        "linears": len(source.schemes), "lossless": exact, "source_bytes": footprint.stored_bytes(source),
         "weight_bytes": size, "notes": [], "outputs": {job.out.name: digest},
         "checked": "every tensor was read back" + ("; lossless" if exact else f" and is the source's in "
                                                    f"{storage.label}"),

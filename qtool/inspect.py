@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import manifest, ops, quality
+from qtool import footprint, manifest, ops, quality
 from qtool.decode import Source
 from qtool.errors import CheckpointError, InputError, ModelError
 from qtool.recipe import Scheme
@@ -66,7 +66,7 @@ def summary(source: Source) -> dict[str, Any]:
     """Architecture, sizes and schemes (see docs/json.md); nothing but headers and the manifest is read."""
     record = record_of(source)
     parameters = sum(spec.elements for spec in source.specs.values())
-    stored = stored_bytes(source)
+    stored = footprint.stored_bytes(source)
     rows = layers(source, record) if source.schemes or source.checkpoint.block_types else []
     kind_and_error = manifest.errors(rows)
     return {
@@ -180,11 +180,6 @@ def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) ->
     return problems
 
 
-def stored_bytes(source: Source) -> int:
-    """Bytes of the tensors as they are stored."""
-    return sum(_gguf_bytes(source).values()) if source.kind == "gguf" else source.weight_bytes()
-
-
 def bits_per_weight(source: Source) -> float:
     """Bits of a quantized weight, its share of scales and zero points included; without any, of a parameter."""
     sizes = _linear_bytes(source)
@@ -192,7 +187,7 @@ def bits_per_weight(source: Source) -> float:
         weights = sum(spec.elements for name, spec in source.specs.items() if name.removesuffix(".weight") in sizes)
         return round(8 * sum(sizes.values()) / max(weights, 1), 4)
     parameters = sum(spec.elements for spec in source.specs.values())
-    return round(8 * stored_bytes(source) / max(parameters, 1), 4)
+    return round(8 * footprint.stored_bytes(source) / max(parameters, 1), 4)
 
 
 def _linear_bytes(source: Source) -> dict[str, int]:
@@ -204,20 +199,11 @@ def _linear_bytes(source: Source) -> dict[str, int]:
                         if (name := f"{linear}.{suffix}") in source.checkpoint.specs) for linear in source.schemes}
 
 
-def _gguf_bytes(source: Source) -> dict[str, int]:
-    """Bytes by GGUF block type."""
-    from qtool.checkpoint.gguf_header import read_gguf_header
-
-    sizes: dict[str, int] = {}
-    for tensor in read_gguf_header(Path(source.origin)).tensors.values():
-        sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + tensor.nbytes
-    return sizes
-
-
 def stored_name(source: Source) -> str | None:
     """The format of the files: compressed-tensors, gguf with its block types, ...; None for plain weights."""
     if source.kind == "gguf":
-        return "gguf " + ", ".join(kind for kind, _ in sorted(_gguf_bytes(source).items(), key=lambda pair: -pair[1]))
+        sizes = footprint.gguf_bytes(source)
+        return "gguf " + ", ".join(sorted(sizes, key=lambda kind: -sizes[kind]))
     return source.format.NAME if source.format else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import formats, inspect, pipeline, recipe
+from qtool import footprint, formats, inspect, pipeline, recipe
 from qtool.checkpoint import Checkpoint
 from qtool.decode import Source
 from qtool.errors import InputError
@@ -53,7 +53,7 @@ def run(job: Requantization, progress: pipeline.Progress, restart: bool = False)
         "format": job.plan.format.NAME, "linears": len(job.plan.linears), "lossless": False,
         "requantized": job.how,
         "checked": f"not lossless: decoded and rounded again ({job.how}); every linear was read back and compared",
-        "source_bytes": inspect.stored_bytes(job.source), "weight_bytes": result["totals"]["weight_bytes"],
+        "source_bytes": footprint.stored_bytes(job.source), "weight_bytes": result["totals"]["weight_bytes"],
         "notes": list(job.plan.warnings), "outputs": result["outputs"],
     }
 

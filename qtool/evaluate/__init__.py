@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qtool import inspect
+from qtool import footprint, inspect
 from qtool.decode import Source
 from qtool.errors import CalibrationError, InputError, NumericalError
 from qtool.evaluate import measure
@@ -81,7 +81,7 @@ def _tokens(source: Source, text: str, windows: int, context: int, vocabulary: i
 
 def _described(source: Source, nll: list[float]) -> dict[str, Any]:
     return {"path": source.origin, "name": source.name, **measure.perplexity(nll),
-            "weight_bytes": inspect.stored_bytes(source), "bits_per_weight": inspect.bits_per_weight(source)}
+            "weight_bytes": footprint.stored_bytes(source), "bits_per_weight": inspect.bits_per_weight(source)}
 
 
 def _check(windows: int, context: int) -> None:
