@@ -18,7 +18,7 @@ import typer
 import qtool
 from qtool import console, flags
 from qtool import options as o
-from qtool.errors import InputError, QtoolError, VerificationError
+from qtool.errors import InputError, QtoolError
 
 app = typer.Typer(
     name="qtool", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -108,41 +108,10 @@ def inspect(
     verify: o.Verify = False, system: o.System = False, json: o.Json = False, csv: o.Csv = False,
 ) -> None:
     """Show what is in a checkpoint: schemes, sizes, bits per weight, errors."""
-    if json and csv:
-        raise InputError("--json and --csv exclude each other; choose one")
-    if path is None and not system:
-        raise InputError("give the PATH of a checkpoint, or --system")
-    if path is None and (layers or outliers or against or verify or csv):
-        raise InputError("--layers, --outliers, --against, --verify and --csv need the PATH of a checkpoint")
     with console.working("reading", json or csv):
-        from qtool import inspect as inspection
-        from qtool import report
-    result: dict[str, Any] = {"schema": inspection.SCHEMA}
-    if system:
-        result["system"] = inspection.system()
-        if not json and not csv:
-            console.show(report.system(result["system"]))
-    rows: list[dict[str, Any]] = []
-    if path is not None:
-        summary, rows = _inspected(path, against, verify, json or csv)
-        result |= summary
-        if outliers and (summary["outliers"] or {}).get("features") is None:
-            raise InputError(f"no outlier features are known of {path}: only a calibrated run with the step 'outliers' "
-                             "lists them; quantize with --recipe llm-int8-outliers")
-        if layers or outliers:
-            result["layers"] = rows
-    if json:
-        console.show_json(result)
-    elif csv:
-        console.show_csv(rows, [key for key in inspection.FIRST if any(key in row for row in rows)])
-    elif path is not None:
-        parts = [report.inspected(result), *([report.layers(rows)] if layers or against else []),
-                 *([report.outliers(rows)] if outliers else [])]
-        console.show(report.stacked(parts))
-    if result.get("problems"):
-        count = len(result["problems"])
-        raise VerificationError(f"{count} problem{'s' if count > 1 else ''} in {path}:\n"
-                                + "\n".join(result["problems"][:20]))
+        from qtool import inspecting
+
+    inspecting.run(inspecting.Asked(path, layers, outliers, against, verify, system, json, csv))
 
 
 @app.command("eval", epilog="Example:\n\n"
@@ -211,7 +180,9 @@ def jobs(file: o.JobsFile, device: o.Device = "auto", ray: o.Ray = None, dry_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 2 bad input, 1 failed, 130 and 143 stopped. The only broad except."""
+    """Runs one command and exits: 0 done, 1 failed, 2 bad input, 3 not verified, 130 and 143 stopped.
+
+    The only broad except."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     told = "--traceback" in given  # hidden; works anywhere on the line
     given = [word for word in given if word != "--traceback"]
@@ -265,26 +236,6 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _inspected(path: str, against: str | None, verify: bool,
-               quiet: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The summary of a checkpoint, with what --against and --verify add; and its layers."""
-    from qtool import inspect as inspection
-    from qtool.decode import open_model
-
-    with console.working(f"reading {path}", quiet):
-        source = open_model(path)
-        result = inspection.summary(source)
-        rows = inspection.layers(source, inspection.record_of(source))
-    if against:
-        base = open_model(against)
-        with console.steps("comparing", quiet) as step:
-            result["comparison"] = inspection.compare(source, base, rows, step)
-    if verify:
-        with console.steps("verifying", quiet) as step:
-            result["problems"] = inspection.verify(source, rows, step)
-    return result, rows
 
 
 def _show(result: dict[str, Any], how: str, json: bool, quiet: bool) -> None:

@@ -11,7 +11,7 @@ QtoolError
 └── RunError              the work itself failed (exit status 1)
     ├── NumericalError    a non-finite value, a Hessian beyond repair
     ├── StorageError      the disk is full or a write failed
-    └── VerificationError what was written is not what was meant
+    └── VerificationError what was written is not what was meant (exit status 3)
 
 A message says what was wrong, where (file, tensor, key, line), and what to do about it.
 """
@@ -69,3 +69,5 @@ class StorageError(RunError):
 
 class VerificationError(RunError):
     """What was written is not what was meant."""
+
+    exit_status = 3
