@@ -39,7 +39,7 @@ def evaluate(model: Path, test: Path, paths: list[Path], windows: int) -> dict[s
     models = [load(path) for path in (model, *paths)]
     spec = Calibration(source=str(test), sequence_length=CONTEXT)
     ids = calibration.load_tokens(spec, decode.open_model(str(model)).directory, windows, 1 << 30).ids
-    figures = {name: measure.Figures.empty(2) for name in names}
+    figures = {name: measure.Figures() for name in names}
     loss: dict[str, list[float]] = {name: [] for name in names}
     for index, window in enumerate(ids):
         original = models[0](window[None], use_cache=False).logits[0, :-1]
@@ -47,7 +47,7 @@ def evaluate(model: Path, test: Path, paths: list[Path], windows: int) -> dict[s
             logits = original if one is models[0] else one(window[None], use_cache=False).logits[0, :-1]
             loss[name].append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
             if index < KL_WINDOWS:
-                measure.add(figures[name], [logits, original], window[1:])
+                measure.add(figures[name], window[1:], logits, original)
     return {name: row(loss[name], loss["original"], figures[name]) for name in names}
 
 
@@ -56,7 +56,7 @@ def row(loss: list[float], original: list[float], figures: measure.Figures) -> d
     error = statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
     known = measure.divergence(figures)
     return {"perplexity": math.exp(statistics.fmean(loss)), "excess": statistics.fmean(excess), "error": error,
-            "kl": known["kl"]["mean"], "top1": known["top1_agreement"]}
+            "kl": known["kl"]["mean"], "top1": known["top1_agreement"]["mean"]}
 
 
 def main() -> None:

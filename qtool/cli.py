@@ -114,22 +114,19 @@ def inspect(
     inspecting.run(inspecting.Asked(path, layers, outliers, against, verify, system, json, csv))
 
 
-@app.command("eval", epilog="Example:\n\n"
-                            "qtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt")
+@app.command("eval", epilog="Examples:\n\n"
+                            "qtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt\n\n"
+                            "qtool eval ./A ./B ./C --against MODEL --markdown > table.md")
 def evaluate(
-    path: o.Checkpoint, against: o.Reference = None, text: o.Corpus = "builtin", windows: o.Windows = 20,
-    context: o.Context = 1024, device: o.Device = "auto", json: o.Json = False, quiet: o.Quiet = False,
+    paths: o.Checkpoints, against: o.Reference = None, text: o.Corpus = "builtin", windows: o.Windows = 20,
+    context: o.Context = 1024, stream: o.Stream = None, cache: o.CacheFolder = None, no_cache: o.NoCache = False,
+    device: o.Device = "auto", markdown: o.Markdown = False, json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
-    """Measure perplexity, and with --against how far the predictions moved."""
-    with console.working(f"reading {path}", json or quiet):
-        from qtool import evaluate as evaluation
-        from qtool.decode import open_model
+    """Measure perplexity, and with --against how far the predictions moved; several PATHs side by side."""
+    from qtool import evaluating
 
-        source = open_model(path)
-        base = open_model(against) if against else None
-    with console.steps("evaluating", json or quiet) as step:
-        result = evaluation.evaluate(source, base, text, windows, context, device, step)
-    _show(result, "evaluated", json, quiet)
+    evaluating.run(evaluating.Asked(paths, against, text, windows, context, stream, cache, no_cache, device, markdown,
+                                    json, quiet))
 
 
 @app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"

@@ -46,6 +46,12 @@ def show_json(result: Any) -> None:
     sys.stdout.flush()
 
 
+def show_text(text: str) -> None:
+    """A result that is to go into a file as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def show_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """A result for spreadsheets; missing figures are empty."""
     text = io.StringIO()

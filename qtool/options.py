@@ -74,7 +74,16 @@ Original = Annotated[str | None, _option("Measure every layer's error against th
 Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]
 System = Annotated[bool, _option("What this machine has.", "--system")]
 Csv = Annotated[bool, _option("The layers as CSV on stdout.", "--csv")]
+Checkpoints = Annotated[list[str], typer.Argument(metavar="PATH...", show_default=False,
+                                                  help="Checkpoints, quantized or not: directories, .gguf files or "
+                                                       "Hub ids.")]
 Reference = Annotated[str | None, _option("The original: adds KL divergence and agreement.", metavar="MODEL")]
+Stream = Annotated[bool | None, _option("One block in memory at a time, or the whole model (as there is memory).",
+                                        "--stream/--no-stream")]
+CacheFolder = Annotated[Path | None, _option("Where the original's part is kept for the next time "
+                                             "(~/.cache/qtool/exits).", "--cache", metavar="DIR")]
+NoCache = Annotated[bool, _option("Keep nothing.", "--no-cache")]
+Markdown = Annotated[bool, _option("Print the tables as Markdown.", "--markdown")]
 Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub "
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]

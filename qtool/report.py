@@ -274,29 +274,6 @@ def system(data: Mapping[str, Any]) -> RenderableType:
     ])
 
 
-def evaluated(data: Mapping[str, Any]) -> RenderableType:
-    """Perplexity and, with a reference, KL divergence and agreement (evaluate.evaluate)."""
-    text, model, against = data["text"], data["model"], data["against"]
-    title = (f"{text['windows']} windows × {text['context']} tokens of {text['source']}, "
-             f"computed in {data['compute_dtype']} on {data['device']}")
-    columns = ["", "perplexity", "±", "size", "bits/weight"]
-    rows = [[one["name"], f"{one['perplexity']:.4f}", f"{one['perplexity_error']:.2f}", size(one["weight_bytes"]),
-             f"{one['bits_per_weight']:.4g}"] for one in (against, model) if one]
-    parts: list[RenderableType] = [Text(title, style="bold"), table(columns, rows)]
-    if against:
-        kl, excess = data["kl"], data["excess"]
-        figures = table(("against the reference", "", "±"), [
-            ("ln(perplexity ratio)", f"{excess['mean']:.4f}", f"{excess['error']:.4f}"),
-            ("KL divergence, mean", f"{kl['mean']:.4f}", f"{kl['error']:.4f}"),
-            ("KL divergence, median", f"{kl['median']:.4f}", ""),
-            ("KL divergence, 99 %", f"{kl['p99']:.4f}", ""),
-            ("same most likely token", percent(data["top1_agreement"]), ""),
-            ("size", percent(model["weight_bytes"] / max(against["weight_bytes"], 1)), ""),
-        ])
-        parts.append(figures)
-    return stacked(parts)
-
-
 def jobs(data: Mapping[str, Any]) -> RenderableType:
     """The jobs of a file, a line each, and why some failed (jobs.run)."""
     lines = data["jobs"]

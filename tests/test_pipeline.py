@@ -113,7 +113,7 @@ def test_every_preset_goes_through_and_comes_back(method: str, tmp_path: Path) -
     assert {scheme.label for scheme in decoded.schemes.values()} == {plan.recipe.scheme.label}
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 40)
-    figures = evaluate.evaluate(decoded, source, str(text), windows=2, context=16)
+    figures = evaluate.evaluate([decoded], source, str(text), windows=2, context=16)["models"][0]
     assert 0 < figures["kl"]["mean"] < 0.1
 
 
@@ -140,8 +140,8 @@ def test_scaled_channels_leave_the_model_as_it_was(method: str, tmp_path: Path) 
         checkpoint = open_checkpoint(str(model))
         plan = make_plan(checkpoint, recipe.override(recipe.preset(method), changes), tmp_path / name, "cpu")
         result = pipeline.run(checkpoint, plan, Silent())
-        figures = evaluate.evaluate(decode.open_model(str(tmp_path / name)), decode.open_model(str(model)), str(text),
-                                    windows=4, context=16)
+        figures = evaluate.evaluate([decode.open_model(str(tmp_path / name))], decode.open_model(str(model)), str(text),
+                                    windows=4, context=16)["models"][0]
         errors.append(figures["kl"]["mean"])
         rescaled = {layer["name"].rpartition(".")[2] for layer in result["layers"] if layer.get("rescaled")}
         assert (rescaled >= {"q_proj", "gate_proj", "down_proj"}) == (steps is None)

@@ -101,7 +101,7 @@ def test_static_inputs(method: str, settings: dict[str, Any], family: str, tmp_p
     assert not inspect.verify(source, [])
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 40)
-    figures = evaluate.evaluate(source, decode.open_model(str(model)), str(text), windows=2, context=16)
+    figures = evaluate.evaluate([source], decode.open_model(str(model)), str(text), windows=2, context=16)["models"][0]
     assert 0 < figures["kl"]["mean"] < 0.1
 
 
@@ -135,8 +135,8 @@ def test_scales_of_cached_keys_and_values(method: str, family: str, tmp_path: Pa
     assert inspect.summary(decode.open_model(str(tmp_path / "plain")))["kv_cache"] is None
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 40)
-    with_cache, without = (evaluate.evaluate(decode.open_model(str(tmp_path / name)), None, str(text), windows=2,
-                                             context=16)["model"]["nll"] for name in ("out", "plain"))
+    with_cache, without = (evaluate.evaluate([decode.open_model(str(tmp_path / name))], None, str(text), windows=2,
+                                             context=16)["models"][0]["nll"] for name in ("out", "plain"))
     assert 0 < abs(with_cache - without) < 0.05  # eval rounds keys and values too
 
 

@@ -177,7 +177,7 @@ def test_rotated_and_quantized(method: str, settings: dict[str, Any], tmp_path: 
     assert "model.embed_tokens.weight" in told["changed_tensors"]
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten " * 40)
-    figures = evaluate.evaluate(source, base, str(text), windows=2, context=16)
+    figures = evaluate.evaluate([source], base, str(text), windows=2, context=16)["models"][0]
     assert 0 < figures["kl"]["mean"] < 0.1
 
 

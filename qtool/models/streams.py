@@ -39,14 +39,14 @@ class StreamStore:
                  folder: Path | None = None) -> None:
         self.shape = (samples, length, hidden)
         self.dtype = dtype
-        self._row = length * hidden * dtype.itemsize
-        self.spilled = samples * self._row > budget_bytes
+        self.row_bytes = length * hidden * dtype.itemsize
+        self.spilled = samples * self.row_bytes > budget_bytes
         if self.spilled:
             try:
                 self._file = tempfile.TemporaryFile(dir=folder, prefix="stream-")  # noqa: SIM115 - lives with the store
-                os.posix_fallocate(self._file.fileno(), 0, samples * self._row)
+                os.posix_fallocate(self._file.fileno(), 0, samples * self.row_bytes)
             except OSError as error:
-                raise StorageError(f"{folder}: no room for {samples * self._row / 1e9:.1f} GB of activations "
+                raise StorageError(f"{folder}: no room for {samples * self.row_bytes / 1e9:.1f} GB of activations "
                                    f"({error}); raise memory_budget_gb, lower calibration.samples or free disk space") \
                     from None
         else:
@@ -73,7 +73,7 @@ class StreamStore:
         done = 0
         while done < len(data):
             try:
-                count = call(self._file.fileno(), [data[done:done + CHUNK]], first * self._row + done)
+                count = call(self._file.fileno(), [data[done:done + CHUNK]], first * self.row_bytes + done)
             except OSError as error:
                 raise StorageError(f"activations on disk: {error}; free disk space or raise memory_budget_gb") from None
             if count == 0:
@@ -116,7 +116,7 @@ class StreamStore:
         prefix = len(header).to_bytes(8, "little") + header
         try:
             with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != len(prefix) + self.shape[0] * self._row \
+                if os.fstat(file.fileno()).st_size != len(prefix) + self.shape[0] * self.row_bytes \
                         or file.read(len(prefix)) != prefix:
                     raise OutputError(f"{path}: these saved activations are damaged or belong to another run; "
                                       "start over with --restart")
@@ -130,7 +130,7 @@ class StreamStore:
 
     def _header(self) -> bytes:
         entry = {"dtype": NAMES_OF_DTYPES[self.dtype], "shape": list(self.shape),
-                 "data_offsets": [0, self.shape[0] * self._row]}
+                 "data_offsets": [0, self.shape[0] * self.row_bytes]}
         return json.dumps({"stream": entry}, separators=(",", ":")).encode()
 
 

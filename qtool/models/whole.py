@@ -1,24 +1,29 @@
-"""A whole model with its weights, for evaluation. Quantizing never needs it: it goes block by block (blocks.py)."""
+"""A whole model with its weights, or one of its blocks, computing as engines do, for evaluation.
+
+Quantizing needs neither: it rounds as it goes, block by block (blocks.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from qtool.models.blocks import Read, fill
+from qtool.models.blocks import Read, fill, load_block
 from qtool.models.inputs import multiply_codes, round_inputs
 from qtool.models.kv import round_cache
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Scheme
 from qtool.tensors import INPUT_SCALE, QuantizedTensor
 
+Schemes = Mapping[str, Scheme]
+Quantized = Callable[[str], QuantizedTensor]
+CacheScales = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
-def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torch.dtype,
-               schemes: Mapping[str, Scheme] | None = None,
-               quantized: Callable[[str], QuantizedTensor] | None = None,
-               cached: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None) -> nn.Module:
+
+def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torch.dtype, schemes: Schemes | None = None,
+               quantized: Quantized | None = None, cached: CacheScales | None = None) -> nn.Module:
     """The model of `skeleton`, which is used up, with weights in `dtype` on `device`, read one by one.
 
     schemes: of quantized linears by their name in the checkpoint; those that say so round their inputs.
@@ -27,14 +32,31 @@ def load_model(skeleton: Skeleton, read: Read, device: torch.device, dtype: torc
     """
     with torch.no_grad():
         fill(skeleton, skeleton.model, "", read, device, dtype)
-    if schemes:
-        names = (name for index in range(len(skeleton.blocks)) for name in skeleton.block_linears(index))
-        stored = {name: skeleton.source(name + ".weight").removesuffix(".weight") for name in names}
-        here = {name: schemes[linear] for name, linear in stored.items() if linear in schemes}
-        if quantized is not None:
-            round_inputs(skeleton.model, here, lambda name: quantized(stored[name]).extra[INPUT_SCALE].to(device))
-            multiply_codes(skeleton.model, here, lambda name: quantized(stored[name]).to(device))
-    if cached:
-        attentions = filter(None, map(skeleton.attention, range(len(skeleton.blocks))))
-        round_cache(skeleton.model, {path: cached[name] for path, name in attentions if name in cached})
+    _round(skeleton, skeleton.model, "", range(len(skeleton.blocks)), device, schemes, quantized, cached)
     return skeleton.model
+
+
+def load_rounding_block(skeleton: Skeleton, index: int, read: Read, device: torch.device, dtype: torch.dtype,
+                        schemes: Schemes | None = None, quantized: Quantized | None = None,
+                        cached: CacheScales | None = None) -> nn.Module:
+    """Block `index` as it is in load_model's model; `skeleton` stays as it is."""
+    block = load_block(skeleton, index, read, device, dtype)
+    _round(skeleton, block, skeleton.blocks[index] + ".", [index], device, schemes, quantized, cached)
+    return block
+
+
+def _round(skeleton: Skeleton, module: nn.Module, prefix: str, blocks: Iterable[int], device: torch.device,
+           schemes: Schemes | None, quantized: Quantized | None, cached: CacheScales | None) -> None:
+    """What the linears and attentions of these blocks round, in `module`, which lies at `prefix` of the model."""
+    indices = list(blocks)
+    if schemes:
+        names = (name for index in indices for name in skeleton.block_linears(index))
+        stored = {name.removeprefix(prefix): skeleton.source(name + ".weight").removesuffix(".weight")
+                  for name in names}
+        here = {path: schemes[linear] for path, linear in stored.items() if linear in schemes}
+        if quantized is not None:
+            round_inputs(module, here, lambda path: quantized(stored[path]).extra[INPUT_SCALE].to(device))
+            multiply_codes(module, here, lambda path: quantized(stored[path]).to(device))
+    if cached:
+        attentions = filter(None, map(skeleton.attention, indices))
+        round_cache(module, {path.removeprefix(prefix): cached[name] for path, name in attentions if name in cached})

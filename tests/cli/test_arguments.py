@@ -81,6 +81,11 @@ BAD_OTHERS = [
     ("eval MODEL --context 64 --text short.txt", r"gives \d+ tokens, but 20 windows of 64 need 1280; use more text"),
     ("eval MODEL --context 64 --against OTHER", "vocabulary of 512 tokens, but .* 600"),
     ("eval MODEL --device tpu", "device 'tpu' is not known"),
+    ("eval MODEL MODEL", "is given twice; name each PATH once"),
+    ("eval MODEL OTHER --context 64", "other has a vocabulary of 600 tokens, but .*tiny one of 512"),
+    ("eval MODEL --no-cache", "about the model that --against names"),
+    ("eval MODEL --against MODEL --cache x --no-cache", "--cache and --no-cache exclude each other"),
+    ("eval MODEL --json --markdown", "--json and --markdown exclude each other"),
     ("export QUANTIZED --to compressed-tensors", "is stored as compressed-tensors already"),
     ("export QUANTIZED", "give --to FORMAT, --push-to NAMESPACE/NAME, or both"),
     ("export QUANTIZED --push-to me/x --out y", "--out goes with --to"),
@@ -98,7 +103,7 @@ BAD_OTHERS = [
 USAGE = [
     ("quantize", "Missing argument 'MODEL'"), ("quantize MODEL --bits four", "--bits"),
     ("quantize MODEL --bit 3", "No such option: --bit.*--bits"), ("quantise MODEL", "Did you mean 'quantize'"),
-    ("eval MODEL --windows x", "--windows"), ]
+    ("eval MODEL --windows x", "--windows"), ("eval", "Missing argument 'PATH...'"), ]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from qtool.cli import main
 from qtool.decode import open_model
-from qtool.evaluate import evaluate, measure
+from qtool.evaluate import evaluate
 from tests import tiny
 
 TEXT = "".join(f"Line {index}: the value is {index * index % 97}, and so on.\n" for index in range(400))
@@ -57,16 +56,17 @@ def windows_of(path: Path, count: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mixtral"])
 def test_perplexity_is_that_of_transformers(family: str, tmp_path: Path, text: str) -> None:
     path = tiny.make(tmp_path / family, family)
-    result = evaluate(open_model(str(path)), text=text, windows=3, context=40)
+    result = evaluate([open_model(str(path))], text=text, windows=3, context=40)
     ids = windows_of(path, 3, 40)
     if result["text"]["begins_with_bos"]:
         tokens = windows_of(path, 1, 3 * 39).view(3, 39)
         ids = torch.cat([torch.zeros(3, 1, dtype=torch.int64), tokens], 1)
     logits = logits_of(path, ids)
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert result["model"]["nll"] == pytest.approx(float(nll), rel=1e-5)
-    assert result["model"]["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
-    assert result["text"]["predictions"] == 3 * 39 and result["against"] is None and "kl" not in result
+    row = result["models"][0]
+    assert row["nll"] == pytest.approx(float(nll), rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
+    assert result["text"]["predictions"] == 3 * 39 and result["against"] is None and "kl" not in row
 
 
 def test_divergence_is_that_of_the_definition(model: Path, text: str, tmp_path: Path) -> None:
@@ -74,28 +74,49 @@ def test_divergence_is_that_of_the_definition(model: Path, text: str, tmp_path: 
     dense = tmp_path / "dense"
     with pytest.raises(SystemExit):
         main(["export", str(out), "--to", "hf", "--out", str(dense), "--quiet"])
-    result = evaluate(open_model(str(out)), open_model(str(model)), text, windows=3, context=40)
+    data = evaluate([open_model(str(out))], open_model(str(model)), text, windows=3, context=40)
+    result = data["models"][0]
     ids = windows_of(model, 3, 40)
     ours, base = (logits_of(path, ids)[:, :-1].double().log_softmax(-1) for path in (dense, model))
     kl = (base.exp() * (base - ours)).sum(-1)
     assert result["kl"]["mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
     assert result["kl"]["median"] == pytest.approx(float(kl.flatten().median()), rel=1e-3)
     assert result["kl"]["p99"] == pytest.approx(float(kl.flatten().quantile(0.99, interpolation="nearest")), rel=1e-3)
-    assert result["top1_agreement"] == pytest.approx(float((ours.argmax(-1) == base.argmax(-1)).double().mean()))
+    same = (ours.argmax(-1) == base.argmax(-1)).double().mean(1)
+    assert result["top1_agreement"]["mean"] == pytest.approx(float(same.mean()))
+    assert result["top1_agreement"]["error"] == pytest.approx(float(same.std() / math.sqrt(3)))
+    assert result["kl"]["error"] == pytest.approx(float(kl.mean(1).std() / math.sqrt(3)), rel=1e-3)
     nll = [-torch.gather(log, 2, ids[:, 1:, None]).mean((1, 2)) for log in (ours, base)]
     difference = nll[0] - nll[1]
     assert result["excess"]["mean"] == pytest.approx(float(difference.mean()), abs=1e-6)
     assert result["excess"]["error"] == pytest.approx(float(difference.std() / math.sqrt(3)), abs=1e-6)
-    assert result["model"]["nll_error"] == pytest.approx(float(nll[0].std() / math.sqrt(3)), rel=1e-4)
-    ratio = result["model"]["perplexity"] / result["against"]["perplexity"]
-    assert result["excess"]["mean"] == pytest.approx(math.log(ratio))
-    assert result["model"]["bits_per_weight"] < 3.7 and result["against"]["bits_per_weight"] == 16
+    error = float(nll[0].std() / math.sqrt(3))
+    assert result["nll_error"] == pytest.approx(error, rel=1e-4)
+    middle = float(nll[0].mean())
+    expected = [math.exp(middle + sign * 4.302653 * error) for sign in (-1, 1)]  # t of 2 degrees of freedom
+    assert result["perplexity_interval"] == pytest.approx(expected, rel=1e-4)
+    assert result["excess"]["mean"] == pytest.approx(math.log(result["perplexity"] / data["against"]["perplexity"]))
+    assert result["bits_per_weight"] < 3.7 and data["against"]["bits_per_weight"] == 16
+    assert data["against"]["of_fp16"] == 1.0 and 0.2 < result["of_fp16"] < 1
 
 
 def test_a_model_against_itself(model: Path, text: str) -> None:
-    result = evaluate(open_model(str(model)), open_model(str(model)), text, windows=2, context=32)
-    assert result["kl"] == {"mean": 0.0, "error": 0.0, "median": 0.0, "p99": 0.0}
-    assert result["top1_agreement"] == 1.0 and result["excess"] == {"mean": 0.0, "error": 0.0}
+    row = evaluate([open_model(str(model))], open_model(str(model)), text, windows=2, context=32)["models"][0]
+    assert set(row["kl"].values()) == {0.0} and row["excess"] == {"mean": 0.0, "error": 0.0}
+    assert row["top1_agreement"] == {"mean": 1.0, "error": 0.0}
+
+
+def test_models_side_by_side_are_what_they_are_alone(model: Path, text: str) -> None:
+    paths = [quantized(model, "three", "--bits", "3"), quantized(model, "four")]
+    base = open_model(str(model))
+    together = evaluate([open_model(str(path)) for path in paths], base, text, windows=2, context=32)
+    for path, row in zip(paths, together["models"], strict=True):
+        alone = evaluate([open_model(str(path))], base, text, windows=2, context=32)
+        row, single = dict(row), dict(alone["models"][0])
+        assert row.pop("use_for") and single.pop("use_for")
+        assert row == single and alone["against"] == together["against"]
+    worse, better = together["models"]
+    assert worse["kl"]["mean"] > better["kl"]["mean"] and worse["scheme"] == "int3-g32"
 
 
 def test_formats_of_one_quantization_evaluate_alike(model: Path, text: str) -> None:
@@ -103,45 +124,8 @@ def test_formats_of_one_quantization_evaluate_alike(model: Path, text: str) -> N
     exported = model.with_name("four-gptq")
     with pytest.raises(SystemExit):
         main(["export", str(out), "--to", "gptq", "--out", str(exported), "--quiet"])
-    figures = [evaluate(open_model(str(path)), text=text, windows=2, context=32)["model"] for path in (out, exported)]
+    figures = evaluate([open_model(str(path)) for path in (out, exported)], text=text, windows=2, context=32)["models"]
     assert figures[0]["nll"] == figures[1]["nll"] and figures[0]["weight_bytes"] < figures[1]["weight_bytes"]
-
-
-def test_the_command(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = quantized(model, "four")
-    for extra in ([], ["--json"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(["eval", str(out), "--against", str(model), "--windows", "2", "--context", "64", *extra])
-        assert not stopped.value.code
-    captured = capsys.readouterr()
-    table, _, document = captured.out.partition("{")
-    assert captured.err == "" and json.loads("{" + document)["text"]["source"] == "builtin"
-    for words in ("2 windows × 64 tokens of builtin", "perplexity", "tiny", "four", "KL divergence, 99 %"):
-        assert words in table
-
-
-def test_kl_of_impossible_tokens_is_finite() -> None:
-    figures = measure.Figures.empty(2)
-    logits = torch.tensor([[0.0, 1.0, -math.inf], [0.5, 0.0, -math.inf]])
-    measure.add(figures, [logits * 2, logits], torch.tensor([0, 1]))
-    probability = torch.tensor([[0.0, 1.0], [0.5, 0.0]]).softmax(-1)
-    other = torch.tensor([[0.0, 2.0], [1.0, 0.0]]).softmax(-1)
-    expected = (probability * (probability / other).log()).sum(-1)
-    assert torch.allclose(figures.kl[0], expected) and figures.same == 2
-
-
-def test_chunks_do_not_change_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = [torch.randn(300, 50, generator=generator) for _ in range(2)]
-    targets = torch.randint(0, 50, (300,), generator=generator)
-    results = []
-    for rows in (7, 1000):
-        monkeypatch.setattr(measure, "ROWS", rows)
-        figures = measure.Figures.empty(2)
-        measure.add(figures, logits, targets)
-        results.append((figures.nll, measure.divergence(figures)))
-    assert results[0][0][0] == pytest.approx(results[1][0][0])
-    assert results[0][1]["kl"]["mean"] == pytest.approx(results[1][1]["kl"]["mean"])
 
 
 def test_figures_that_are_not_finite_are_an_error(model: Path, text: str, tmp_path: Path) -> None:
@@ -155,5 +139,5 @@ def test_figures_that_are_not_finite_are_an_error(model: Path, text: str, tmp_pa
     tensors = load_file(tmp_path / "bad" / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NumericalError, match="window 1: the model's predictions are not finite"):
-        evaluate(open_model(str(tmp_path / "bad")), text=text, windows=2, context=32)
+    with pytest.raises(NumericalError, match="window 1: the predictions of bad are not finite"):
+        evaluate([open_model(str(tmp_path / "bad"))], text=text, windows=2, context=32)
