@@ -7,21 +7,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool import console, inspect, report
-from qtool.decode import open_model
+from qtool.decode import Source, open_model
 from qtool.errors import InputError, VerificationError
+from qtool.inspect import statistics, tables
 
 Rows = list[dict[str, Any]]
 PROBLEMS_SHOWN = 20
+TOKENS = 512  # that outputs are compared on
+CONTEXT = 4096
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The arguments and options of the command."""
+    """The arguments and options of the command; None: not given."""
 
-    path: str | None
+    path: str | None = None
     layers: bool = False
+    headers_only: bool = False
+    sort: str | None = None
+    top: int | None = None
     outliers: bool = False
     against: str | None = None
+    tokens: int | None = None
+    diff: tuple[str, str] | None = None
+    memory: bool = False
+    context: int | None = None
+    batch: int | None = None
+    kv: str | None = None
     verify: bool = False
     system: bool = False
     json: bool = False
@@ -31,10 +43,18 @@ class Asked:
     def quiet(self) -> bool:
         return self.json or self.csv
 
+    @property
+    def lists(self) -> bool:
+        """Whether the layers are shown."""
+        return self.layers or self.sort is not None or self.top is not None
+
 
 def run(asked: Asked) -> None:
     """Raises InputError for what does not go together, VerificationError when --verify found something."""
     refuse(asked)
+    if asked.diff:
+        _diff(asked, *asked.diff)
+        return
     result: dict[str, Any] = {"schema": inspect.SCHEMA}
     rows: Rows = []
     if asked.system:
@@ -47,12 +67,26 @@ def run(asked: Asked) -> None:
 
 
 def refuse(asked: Asked) -> None:
+    of_path = {"--layers": asked.layers, "--outliers": asked.outliers, "--against": asked.against,
+               "--verify": asked.verify, "--memory": asked.memory, "--sort": asked.sort, "--top": asked.top}
+    given = [name for name, value in of_path.items() if value]
+    sizes = {"--context": asked.context, "--batch": asked.batch, "--kv": asked.kv}
     if asked.json and asked.csv:
         raise InputError("--json and --csv exclude each other; choose one")
-    if asked.path is None and not asked.system:
-        raise InputError("give the PATH of a checkpoint, or --system")
-    if asked.path is None and (asked.layers or asked.outliers or asked.against or asked.verify or asked.csv):
-        raise InputError("--layers, --outliers, --against, --verify and --csv need the PATH of a checkpoint")
+    if asked.diff and (asked.path or given or asked.system):
+        raise InputError(f"--diff A B compares two checkpoints and goes with --json and --csv alone; leave "
+                         f"{asked.path or ', '.join(given) or '--system'} out")
+    if not asked.diff and asked.path is None and not asked.system:
+        raise InputError("give the PATH of a checkpoint, --diff A B, or --system")
+    if not asked.diff and asked.path is None and (given or asked.csv):
+        raise InputError(f"{', '.join([*given, *(['--csv'] if asked.csv else [])])}: give the PATH of a checkpoint")
+    for name, value in sizes.items():
+        if value is not None and not asked.memory:
+            raise InputError(f"{name} goes with --memory")
+    if asked.tokens is not None and not asked.against:
+        raise InputError("--tokens is what outputs are compared on; it goes with --against MODEL")
+    if asked.headers_only and not asked.lists:
+        raise InputError("--headers-only goes with --layers")
 
 
 def _inspected(asked: Asked, path: str) -> tuple[dict[str, Any], Rows]:
@@ -61,34 +95,67 @@ def _inspected(asked: Asked, path: str) -> tuple[dict[str, Any], Rows]:
         source = open_model(path)
         result = inspect.summary(source)
         rows = inspect.layers(source, inspect.record_of(source))
+        if asked.memory:
+            result["memory"] = inspect.memory(source, asked.context or CONTEXT, asked.batch or 1, asked.kv)
     if asked.outliers and (result["outliers"] or {}).get("features") is None:
         raise InputError(f"no outlier features are known of {path}: only a calibrated run with the step 'outliers' "
                          "lists them; quantize with --recipe llm-int8-outliers")
+    _measure(asked, source, rows, result)
+    rows = inspect.arranged(rows, asked.sort, asked.top)
+    if asked.lists or asked.outliers:
+        result["layers"] = rows
+    return result, rows
+
+
+def _measure(asked: Asked, source: Source, rows: Rows, result: dict[str, Any]) -> None:
+    """What reads the weights."""
     if asked.against:
         base = open_model(asked.against)
+        tokens = TOKENS if asked.tokens is None else asked.tokens
         with console.steps("comparing", asked.quiet) as step:
-            result["comparison"] = inspect.compare(source, base, rows, step)
+            result["comparison"] = inspect.compare(source, base, rows, step, tokens)
+    if (asked.lists or (asked.csv and not asked.memory)) and not asked.headers_only:
+        with console.steps("measuring", asked.quiet) as step:
+            statistics.add(source, rows, step)
     if asked.verify:
         with console.steps("verifying", asked.quiet) as step:
             result["problems"] = inspect.verify(source, rows, step)
-    if asked.layers or asked.outliers:
-        result["layers"] = rows
-    return result, rows
+
+
+def _diff(asked: Asked, first: str, second: str) -> None:
+    with console.working(f"reading {first} and {second}", asked.quiet):
+        pair = open_model(first), open_model(second)
+    with console.steps("comparing", asked.quiet) as step:
+        result = inspect.difference(*pair, step)
+    if asked.json:
+        console.show_json(result)
+    elif asked.csv:
+        flat = [{"name": one["name"], **{f"{key}_{side}": one[key][place] for key in ("scheme", "bytes", "error")
+                                         for place, side in enumerate("ab")}, "equal_tensors": one["equal_tensors"]}
+                for one in result["linears"]]
+        console.show_csv(flat, ["name", "scheme_a", "scheme_b", "bytes_a", "bytes_b", "error_a", "error_b",
+                                "equal_tensors"])
+    else:
+        console.show(tables.difference(result))
 
 
 def show(asked: Asked, result: Mapping[str, Any], rows: Rows) -> None:
     """As JSON, as CSV or as tables."""
     if asked.json:
         console.show_json(result)
-        return
-    if asked.csv:
+    elif asked.csv and asked.memory:
+        shared = {key: result["memory"][key] for key in ("kv_cache", "activations", "overhead")}
+        lines = [{**row, **shared, "methods": " ".join(row["methods"])} for row in result["memory"]["schemes"]]
+        console.show_csv(lines, ["scheme", "format", "methods", "weights", *shared, "total", "this"])
+    elif asked.csv:
         console.show_csv(rows, [key for key in inspect.FIRST if any(key in row for row in rows)])
-        return
-    parts = [report.system(result["system"])] if asked.system else []
-    if asked.path is not None:
-        parts += [report.inspected(result), *([report.layers(rows)] if asked.layers or asked.against else []),
-                  *([report.outliers(rows)] if asked.outliers else [])]
-    console.show(report.stacked(parts))
+    else:
+        parts = [report.system(result["system"])] if asked.system else []
+        if asked.path is not None:
+            parts += [report.inspected(result), *([tables.layers(rows)] if asked.lists or asked.against else []),
+                      *([report.outliers(rows)] if asked.outliers else []),
+                      *([tables.memory(result)] if asked.memory else [])]
+        console.show(report.stacked(parts))
 
 
 def refuse_problems(path: str | None, problems: list[str]) -> None:

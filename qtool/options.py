@@ -68,9 +68,26 @@ Seed = Annotated[int | None, _recipe_option("For methods that draw random number
 Settings = Annotated[list[str] | None, _recipe_option("Any key of the recipe; may be repeated; wins over the rest.",
                                                       "--set", metavar="KEY=VALUE")]
 Layers = Annotated[bool, _option("One line per linear.", "--layers")]
+HeadersOnly = Annotated[bool, _option("With --layers: read no weights, so no statistics of their values.",
+                                      "--headers-only")]
+Sort = Annotated[str | None, _option("The layers by a figure of theirs, the worst first: error, sqnr_db, bytes, "
+                                     "kurtosis, ...", "--sort", metavar="KEY")]
+Top = Annotated[int | None, _option("Only the first N layers.", "--top", metavar="N")]
+Tokens = Annotated[int | None, _option("With --against: tokens of built-in text that outputs are compared on; 0: "
+                                       "weights only (512).", "--tokens", metavar="N")]
+Diff = Annotated[tuple[str, str] | None, _option("Two checkpoints beside each other, tensors byte for byte.", "--diff",
+                                                 metavar="A B")]
+Memory = Annotated[bool, _option("What it needs to run, and what it would with every scheme it could have.",
+                                 "--memory")]
+ContextTokens = Annotated[int | None, _option("With --memory: tokens of each sequence (4096).", "--context",
+                                              metavar="T")]
+Batch = Annotated[int | None, _option("With --memory: sequences at one time (1).", "--batch", metavar="N")]
+Kv = Annotated[str | None, _option("With --memory: type of cached keys and values: fp32, bf16, fp16, fp8, q8_0 or q4_0 "
+                                   "(the model's, or fp8 where the checkpoint has scales).", "--kv", metavar="TYPE")]
 Outliers = Annotated[bool, _option("The outlier features that calibration found (--recipe llm-int8-outliers).",
                                    "--outliers")]
-Original = Annotated[str | None, _option("Measure every layer's error against this original.", metavar="MODEL")]
+Original = Annotated[str | None, _option("Measure the errors of weights and outputs against this original.",
+                                          metavar="MODEL")]
 Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]
 System = Annotated[bool, _option("What this machine has.", "--system")]
 Csv = Annotated[bool, _option("The layers as CSV on stdout.", "--csv")]

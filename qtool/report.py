@@ -233,6 +233,9 @@ def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
     if compared:
         changed = compared["changed_tensors"]
         text = f"with {compared['against']}: {compared['equal_tensors']} unquantized tensors are equal"
+        run = compared.get("outputs")
+        text += f", outputs compared on {run['tokens']} tokens" if run else ""
+        text += f"; outputs not compared: {compared['no_outputs']}" if compared.get("no_outputs") else ""
         if changed:
             text += f", {len(changed)} differ: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
         rows.append(("compared", Text(text, style="yellow" if changed else "green")))
@@ -241,23 +244,6 @@ def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
         rows.append(("verified", Text(f"{hashes}, types and shapes; every tensor decodes and is finite",
                                       style="green")))
     return rows
-
-
-def layers(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line per linear; columns without any figure are left out."""
-    columns: list[tuple[str, Any]] = [
-        ("linear", lambda row: row["name"]), ("scheme", lambda row: row["scheme_label"]),
-        ("shape", lambda row: " × ".join(map(str, row["shape"]))), ("size", lambda row: size(row["bytes"])),
-        ("bits", lambda row: f"{row['bits_per_weight']:.4g}"),
-    ]
-    for title, key, show in (("output error", "relative_error", percent), ("weight error", "weight_error", percent),
-                             ("SQNR dB", "sqnr_db", lambda value: "-" if value is None else f"{value:.1f}"),
-                             ("expected KL", "expected_kl", lambda value: "-" if value is None else f"{value:.2g}"),
-                             ("tokens", "tokens", lambda value: str(value or "-")),
-                             ("outliers", "outlier_features", lambda value: "-" if value is None else str(value))):
-        if any(row.get(key) for row in rows):
-            columns.append((title, lambda row, key=key, show=show: show(row.get(key))))
-    return table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows], left=2)
 
 
 def system(data: Mapping[str, Any]) -> RenderableType:

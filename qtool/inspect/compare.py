@@ -8,14 +8,18 @@ import torch
 
 from qtool import quality
 from qtool.decode import Source
-from qtool.errors import InputError
+from qtool.errors import CalibrationError, InputError, ModelError
+from qtool.inspect import outputs
 from qtool.inspect.files import Step, no_steps, record_of, rotation_of
 
 
-def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step = no_steps) -> dict[str, Any]:
-    """Measure |W - Q|² / |W|² of every row against the same tensor of `base`, one tensor at a time, into the rows.
+def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step = no_steps,
+            tokens: int = 0) -> dict[str, Any]:
+    """Measure |W - Q|² / |W|² of every row against the same tensor of `base`, one tensor at a time, into the rows; with
+    `tokens` also what quantization does to the outputs (outputs.py).
 
-    Returns which of the other tensors differ. Raises InputError when the two are not the same architecture.
+    Returns which of the other tensors differ, and on what the outputs were measured or why not. Raises InputError when
+    the two are not the same architecture.
     """
     untied = rotation_of(record_of(source))["untied"]
     _refuse_other_model(source, base, untied)
@@ -40,7 +44,17 @@ def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step
         row["weight_sqnr_db"] = quality.sqnr_db(error)
         if row["sqnr_db"] is None:
             row["sqnr_db"] = row["weight_sqnr_db"]
-    return {"against": base.origin, "equal_tensors": equal, "changed_tensors": changed}
+    return {"against": base.origin, "equal_tensors": equal, "changed_tensors": changed,
+            **_outputs(source, base, rows, step, tokens)}
+
+
+def _outputs(source: Source, base: Source, rows: list[dict[str, Any]], step: Step, tokens: int) -> dict[str, Any]:
+    if not tokens:
+        return {"outputs": None, "no_outputs": None}
+    try:
+        return {"outputs": outputs.add(source, base, rows, tokens, step), "no_outputs": None}
+    except (CalibrationError, ModelError) as error:
+        return {"outputs": None, "no_outputs": str(error)}
 
 
 def _refuse_other_model(source: Source, base: Source, untied: list[str]) -> None:

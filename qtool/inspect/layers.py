@@ -9,7 +9,8 @@ from qtool.inspect.files import dtype_name, linear_bytes, rotation_of
 from qtool.tensors import any_number
 
 FIRST = ("name", "stored", "block", "scheme_label", "bits", "group_size", "symmetric", "shape", "bytes",
-         "bits_per_weight", "relative_error", "weight_error", "weight_sqnr_db", "sqnr_db", "tokens",
+         "bits_per_weight", "relative_error", "weight_error", "weight_sqnr_db", "sqnr_db", "output_error",
+         "output_sqnr_db", "absmax", "std", "kurtosis", "zeros", "tokens", "damping", "repaired", "pooled", "rescaled",
          "outlier_features")
 
 
