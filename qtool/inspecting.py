@@ -96,7 +96,7 @@ def _inspected(asked: Asked, path: str) -> tuple[dict[str, Any], Rows]:
         result = inspect.summary(source)
         rows = inspect.layers(source, inspect.record_of(source))
         if asked.memory:
-            result["memory"] = inspect.memory(source, asked.context or CONTEXT, asked.batch or 1, asked.kv)
+            result["memory"] = inspect.memory(source, *_sizes(asked), asked.kv)
     if asked.outliers and (result["outliers"] or {}).get("features") is None:
         raise InputError(f"no outlier features are known of {path}: only a calibrated run with the step 'outliers' "
                          "lists them; quantize with --recipe llm-int8-outliers")
@@ -105,6 +105,11 @@ def _inspected(asked: Asked, path: str) -> tuple[dict[str, Any], Rows]:
     if asked.lists or asked.outliers:
         result["layers"] = rows
     return result, rows
+
+
+def _sizes(asked: Asked) -> tuple[int, int]:
+    """Context and batch of --memory."""
+    return CONTEXT if asked.context is None else asked.context, 1 if asked.batch is None else asked.batch
 
 
 def _measure(asked: Asked, source: Source, rows: Rows, result: dict[str, Any]) -> None:
@@ -144,9 +149,8 @@ def show(asked: Asked, result: Mapping[str, Any], rows: Rows) -> None:
     if asked.json:
         console.show_json(result)
     elif asked.csv and asked.memory:
-        shared = {key: result["memory"][key] for key in ("kv_cache", "activations", "overhead")}
-        lines = [{**row, **shared, "methods": " ".join(row["methods"])} for row in result["memory"]["schemes"]]
-        console.show_csv(lines, ["scheme", "format", "methods", "weights", *shared, "total", "this"])
+        lines = [{**row, "methods": " ".join(row["methods"])} for row in result["memory"]["schemes"]]
+        console.show_csv(lines, list(lines[0]))
     elif asked.csv:
         console.show_csv(rows, [key for key in inspect.FIRST if any(key in row for row in rows)])
     else:

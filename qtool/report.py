@@ -165,9 +165,10 @@ def errors_of(layers: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[floa
 def inspected(data: Mapping[str, Any]) -> RenderableType:
     """The summary of a checkpoint (inspect.summary)."""
     rows: list[tuple[str, str | Text]] = [
-        ("architecture", f"{data['architecture']}, {millions(data['parameters'])} parameters, {data['dtype']}"),
+        ("architecture", f"{data['architecture']}, {_blocks(data)}{millions(data['parameters'])} parameters, "
+                         f"{data['dtype']}"),
         ("stored as", f"{data['format'] or 'plain weights'}, {size(data['weight_bytes'])}, "
-                      f"{data['bits_per_parameter']:.4g} bits per parameter"),
+                      f"{data['bits_per_parameter']:.4g} bits per parameter{_reached(data)}"),
     ]
     made = data["made_by"]
     if made:
@@ -197,6 +198,14 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
         parts.append(table((title, "", "size", "type"), [
             (one["name"], str(one["tensors"]), size(one["bytes"]), one["dtype"]) for one in data["not_quantized"]]))
     return stacked(parts)
+
+
+def _blocks(data: Mapping[str, Any]) -> str:
+    return f"{data['blocks']} blocks, " if data.get("blocks") else ""
+
+
+def _reached(data: Mapping[str, Any]) -> str:
+    return f", {data['bits_per_weight']:.4g} per quantized weight" if data["schemes"] else ""
 
 
 def _outliers_line(known: Mapping[str, Any] | None) -> list[tuple[str, str | Text]]:

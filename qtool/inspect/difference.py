@@ -12,7 +12,7 @@ from qtool.decode import Source
 from qtool.inspect.files import SCHEMA, Step, bits_per_weight, linear_bytes, no_steps, record_of, stored_name
 from qtool.inspect.layers import layers
 
-ERRORS = ("relative_error", "weight_error")
+ERRORS = {"relative_error": "outputs", "weight_error": "weights"}
 
 
 def difference(first: Source, second: Source, step: Step = no_steps) -> dict[str, Any]:
@@ -69,16 +69,21 @@ def _linears(first: Source, second: Source, records: tuple[dict[str, Any] | None
     found = []
     for name in dict.fromkeys(name for side in sides for name in side):
         pair = [side.get(name) for side in sides]
-        errors = [_error(row) for row in pair]
+        of, errors = _errors([row or {} for row in pair])
         figures = {"scheme": [row["scheme_label"] if row else None for row in pair],
                    "bytes": [row["bytes"] if row else None for row in pair], "error": errors}
         equal = name not in owners
         if not equal or any(one != other for one, other in figures.values()):
             shown = next(row for row in pair if row)
-            found.append({"name": shown["name"], "stored": name, "equal_tensors": equal, **figures})
+            found.append({"name": shown["name"], "stored": name, "equal_tensors": equal, **figures,
+                          "error_of": of})
     return found
 
 
-def _error(row: Mapping[str, Any] | None) -> float | None:
-    """Of the outputs where that is known, else of the weights."""
-    return next((row[key] for key in ERRORS if row.get(key) is not None), None) if row else None
+def _errors(pair: list[dict[str, Any]]) -> tuple[str | None, list[float | None]]:
+    """Of what, and both; of the outputs where both know that, else of the weights: never one beside the other."""
+    for key, of in ERRORS.items():
+        errors = [row.get(key) for row in pair]
+        if None not in errors:
+            return of, errors
+    return None, [None, None]

@@ -69,7 +69,8 @@ def memory(source: Source, context: int, batch: int, kv_dtype: str | None = None
 
 def _row(known: dict[str, Any], scheme: str, format_: str | None, methods: list[str], weights: int) -> dict[str, Any]:
     total = None if known["total"] is None else known["total"] - known["weights"] + weights
-    return {"scheme": scheme, "format": format_, "methods": methods, "weights": weights, "total": total, "this": False}
+    return {"scheme": scheme, "format": format_, "methods": methods, "weights": weights,
+            **{key: known[key] for key in ("kv_cache", "activations", "overhead")}, "total": total, "this": False}
 
 
 def _skeleton(source: Source) -> Skeleton:

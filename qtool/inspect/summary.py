@@ -22,7 +22,7 @@ def summary(source: Source) -> dict[str, Any]:
         "schema": SCHEMA, "path": source.origin, "kind": source.kind,
         "architecture": (source.config.get("architectures") or [source.config.get("model_type", "unknown")])[0],
         "format": stored_name(source), "dtype": dtype_name(source.dtype),
-        "parameters": parameters, "weight_bytes": stored,
+        "blocks": source.config.get("num_hidden_layers"), "parameters": parameters, "weight_bytes": stored,
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
         "bits_per_weight": bits_per_weight(source), "schemes": _schemes(rows),
         "not_quantized": _not_quantized(source, record), "error": kind_and_error,
