@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-loaders test-ray test-gpu check bench clean
+.PHONY: help build browser demo test test-loaders test-ray test-gpu check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,7 +28,13 @@ build: $(READY)  ## make .venv and build the extension
 demo: $(READY)  ## quantize the real SmolLM2-135M, inspect it, evaluate it
 	$(BIN)/python benchmarks/demo.py $(DEMO)
 
-test: $(READY)  ## the tests (no network, no GPU)
+# The tests of `inspect --report` open the page in a browser; without one they are skipped.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		{ apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 || true; fi
+
+test: $(READY) browser  ## the tests (no network, no GPU)
 	$(BIN)/python -m pytest
 
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own

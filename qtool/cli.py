@@ -103,19 +103,22 @@ def _without_kernels() -> list[str]:
 
 @app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --sort error\n\n"
                     "qtool inspect Qwen/Qwen3-8B --memory --context 32768 --batch 4 --kv fp8\n\n"
-                    "qtool inspect OUT --layers --json | jq -r '.layers[] | select(.sqnr_db < 15) | .name'")
+                    "qtool inspect OUT --layers --json | jq -r '.layers[] | select(.sqnr_db < 15) | .name'\n\n"
+                    "qtool inspect OUT OUT2 --report report.html")
 def inspect(
-    path: o.MaybeCheckpoint = None, layers: o.Layers = False, headers_only: o.HeadersOnly = False, sort: o.Sort = None,
+    paths: o.MaybeCheckpoints = None, layers: o.Layers = False, heatmap: o.Heatmap = False,
+    headers_only: o.HeadersOnly = False, sort: o.Sort = None,
     top: o.Top = None, outliers: o.Outliers = False, against: o.Original = None, tokens: o.Tokens = None,
     diff: o.Diff = None, memory: o.Memory = False, context: o.ContextTokens = None, batch: o.Batch = None,
-    kv: o.Kv = None, verify: o.Verify = False, system: o.System = False, json: o.Json = False, csv: o.Csv = False,
+    kv: o.Kv = None, verify: o.Verify = False, report: o.Report = None, system: o.System = False,
+    json: o.Json = False, csv: o.Csv = False,
 ) -> None:
     """Show what is in a checkpoint: schemes, sizes, bits per weight, errors; and what it needs to run."""
     with console.working("reading", json or csv):
         from qtool import inspecting
 
-    inspecting.run(inspecting.Asked(path, layers, headers_only, sort, top, outliers, against, tokens, diff, memory,
-                                    context, batch, kv, verify, system, json, csv))
+    inspecting.run(inspecting.Asked(tuple(paths or ()), layers, heatmap, headers_only, sort, top, outliers, against,
+                                    tokens, diff, memory, context, batch, kv, verify, report, system, json, csv))
 
 
 @app.command("eval", epilog="Examples:\n\n"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from qtool import console, inspect, report
+from qtool import console, heatmap, html_report, inspect, report
 from qtool.decode import Source, open_model
 from qtool.errors import InputError, VerificationError
 from qtool.inspect import statistics, tables
+from qtool.units import size
 
 Rows = list[dict[str, Any]]
 PROBLEMS_SHOWN = 20
@@ -21,8 +23,9 @@ CONTEXT = 4096
 class Asked:
     """The arguments and options of the command; None: not given."""
 
-    path: str | None = None
+    paths: tuple[str, ...] = ()
     layers: bool = False
+    heatmap: bool = False
     headers_only: bool = False
     sort: str | None = None
     top: int | None = None
@@ -35,9 +38,18 @@ class Asked:
     batch: int | None = None
     kv: str | None = None
     verify: bool = False
+    report: Path | None = None
     system: bool = False
     json: bool = False
     csv: bool = False
+
+    @property
+    def path(self) -> str | None:
+        return self.paths[0] if self.paths else None
+
+    @property
+    def several(self) -> bool:
+        return len(self.paths) > 1
 
     @property
     def quiet(self) -> bool:
@@ -60,15 +72,22 @@ def run(asked: Asked) -> None:
     if asked.system:
         result["system"] = inspect.system()
     if asked.path is not None:
-        summary, rows = _inspected(asked, asked.path)
-        result |= summary
+        runs = [_inspected(asked, path) for path in asked.paths]
+        result |= {"checkpoints": [run.summary for run in runs]} if asked.several else runs[0].summary
+        rows = inspect.arranged(runs[0].rows, asked.sort, asked.top)
+        if asked.lists or asked.outliers:
+            result["layers"] = rows
+        if asked.report is not None:
+            with console.working("drawing", asked.quiet):
+                result["report"] = {"path": str(asked.report), "bytes": html_report.write(asked.report, runs)}
     show(asked, result, rows)
     refuse_problems(asked.path, result.get("problems") or [])
 
 
 def refuse(asked: Asked) -> None:
     of_path = {"--layers": asked.layers, "--outliers": asked.outliers, "--against": asked.against,
-               "--verify": asked.verify, "--memory": asked.memory, "--sort": asked.sort, "--top": asked.top}
+               "--verify": asked.verify, "--heatmap": asked.heatmap, "--report": asked.report,
+               "--memory": asked.memory, "--sort": asked.sort, "--top": asked.top}
     given = [name for name, value in of_path.items() if value]
     sizes = {"--context": asked.context, "--batch": asked.batch, "--kv": asked.kv}
     if asked.json and asked.csv:
@@ -85,26 +104,28 @@ def refuse(asked: Asked) -> None:
             raise InputError(f"{name} goes with --memory")
     if asked.tokens is not None and not asked.against:
         raise InputError("--tokens is what outputs are compared on; it goes with --against MODEL")
+    if asked.several and (asked.report is None or asked.csv or {*given} - {"--report", "--against"}):
+        raise InputError("several PATHs go with --report, and with --against and --json beside it; for all else "
+                         "give one")
+    if asked.report is not None:
+        html_report.refuse(asked.report)
     if asked.headers_only and not asked.lists:
         raise InputError("--headers-only goes with --layers")
 
 
-def _inspected(asked: Asked, path: str) -> tuple[dict[str, Any], Rows]:
-    """The summary of a checkpoint, with all that was asked for; and its layers."""
+def _inspected(asked: Asked, path: str) -> html_report.Run:
+    """The summary of a checkpoint, with all that was asked for; its layers; its manifest."""
     with console.working(f"reading {path}", asked.quiet):
         source = open_model(path)
-        result = inspect.summary(source)
-        rows = inspect.layers(source, inspect.record_of(source))
+        result, record = inspect.summary(source), inspect.record_of(source)
+        rows = inspect.layers(source, record)
         if asked.memory:
             result["memory"] = inspect.memory(source, *_sizes(asked), asked.kv)
     if asked.outliers and (result["outliers"] or {}).get("features") is None:
         raise InputError(f"no outlier features are known of {path}: only a calibrated run with the step 'outliers' "
                          "lists them; quantize with --recipe llm-int8-outliers")
     _measure(asked, source, rows, result)
-    rows = inspect.arranged(rows, asked.sort, asked.top)
-    if asked.lists or asked.outliers:
-        result["layers"] = rows
-    return result, rows
+    return html_report.Run(result, rows, record)
 
 
 def _sizes(asked: Asked) -> tuple[int, int]:
@@ -155,10 +176,14 @@ def show(asked: Asked, result: Mapping[str, Any], rows: Rows) -> None:
         console.show_csv(rows, [key for key in inspect.FIRST if any(key in row for row in rows)])
     else:
         parts = [report.system(result["system"])] if asked.system else []
-        if asked.path is not None:
+        if asked.path is not None and not asked.several:
             parts += [report.inspected(result), *([tables.layers(rows)] if asked.lists or asked.against else []),
                       *([report.outliers(rows)] if asked.outliers else []),
-                      *([tables.memory(result)] if asked.memory else [])]
+                      *([tables.memory(result)] if asked.memory else []),
+                      *(heatmap.terminal(asked.path, rows) if asked.heatmap else [])]
+        if asked.report is not None:
+            page = result["report"]
+            parts.append(report.facts("Report", [("to", page["path"]), ("size", size(page["bytes"]))]))
         console.show(report.stacked(parts))
 
 

@@ -23,8 +23,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False,
                                       help="A directory, a .gguf file, or a Hub id org/name or org/name@revision.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="PATH", show_default=False,
                                            help="A checkpoint, quantized or not: directory, .gguf file or Hub id.")]
-MaybeCheckpoint = Annotated[str | None, typer.Argument(metavar="PATH", show_default=False,
-                                                       help="A checkpoint: directory, .gguf file or Hub id.")]
+MaybeCheckpoints = Annotated[list[str] | None, typer.Argument(
+    metavar="PATH", show_default=False,
+    help="A checkpoint: directory, .gguf file or Hub id; with --report also several.")]
 JobsFile = Annotated[Path, typer.Argument(metavar="FILE", show_default=False,
                                           help="A YAML file; recipes/jobs/example.yaml explains its keys.")]
 Json = Annotated[bool, _option("Print one JSON document on stdout and nothing else.", "--json")]
@@ -86,6 +87,9 @@ Kv = Annotated[str | None, _option("With --memory: type of cached keys and value
                                    "(the model's, or fp8 where the checkpoint has scales).", "--kv", metavar="TYPE")]
 Outliers = Annotated[bool, _option("The outlier features that calibration found (--recipe llm-int8-outliers).",
                                    "--outliers")]
+Heatmap = Annotated[bool, _option("The error of every linear as a map: blocks by kinds, in colours.", "--heatmap")]
+Report = Annotated[Path | None, _option("Write a page with maps, tables, recipe and manifest (needs qtool[report]).",
+                                        "--report", metavar="FILE.html")]
 Original = Annotated[str | None, _option("Measure the errors of weights and outputs against this original.",
                                           metavar="MODEL")]
 Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]

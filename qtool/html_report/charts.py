@@ -1,0 +1,160 @@
+"""The drawings of the page: Vega-Lite specifications, made into SVG here and now by vl-convert.
+
+Colours of text, axes and points come from the page's style sheet, which knows light from dark; only the colours that
+stand for figures are in the drawings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qtool.heatmap import Cells, Measure, Row, Scale, ink, short
+from qtool.html_report.markup import Element, clean, drawing
+
+VEGA_LITE = "6.1"
+WIDE, CELL, MOST_CELL = 974, 26, 56  # pixels: a map's width with its labels, the height of its rows, its widest cell
+TALL = 340  # pixels: the width of a map for narrow screens
+LABELS = 130  # pixels: at most so much for the names of kinds
+ROOM_FOR_FIGURES = 38  # pixels
+LEAST_GAP = 0.17  # of a legend's length between two of its labels
+SCHEMES = {True: "viridis", False: "cividis"}  # of logarithmic and linear scales
+PERCENT = "format(datum.value * 100, '.2~g')"
+BITS = "format(datum.value, '.3~g')"
+CONFIG: dict[str, Any] = {
+    "font": "Helvetica, Arial, sans-serif", "background": None, "view": {"stroke": None},
+    "axis": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "labelFontWeight": "normal",
+             "domain": False, "ticks": False, "labelPadding": 6, "titlePadding": 8},
+    "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "gradientThickness": 10,
+               "gradientLength": 260, "gradientStrokeWidth": 0, "offset": 10, "orient": "top", "titlePadding": 6},
+    "text": {"fontSize": 10},
+}
+
+
+class Charts:
+    """Draws; numbers its drawings, so that their ids differ."""
+
+    def __init__(self) -> None:
+        import vl_convert  # the extra qtool[report]
+
+        self._convert = vl_convert.vegalite_to_svg
+        self._drawn = 0
+
+    def draw(self, spec: Mapping[str, Any], label: str, class_: str = "") -> Element:
+        self._drawn += 1
+        svg = self._convert({"config": CONFIG, **spec}, vl_version=VEGA_LITE, allowed_base_urls=[])
+        return drawing(svg, f"drawing{self._drawn}", label, class_)
+
+
+def heat_map(cells: Cells, measure: Measure, scale: Scale, show: Callable[[float], str],
+             tell: Callable[[tuple[Row, ...]], str], kept: Mapping[tuple[int, str], str], title: str,
+             tall: bool) -> dict[str, Any]:
+    """Blocks along, kinds down; for narrow screens the other way round.
+
+    show: a figure as it stands in a cell; tell: what is said of a cell; kept: of cells without a figure, why.
+    """
+    kinds = list(dict.fromkeys([*cells.kinds, *(kind for _, kind in kept)]))
+    blocks = sorted({*cells.blocks, *(block for block, _ in kept)})
+    names = {kind: clean(name) for kind, name in short(kinds).items()}
+    values = []
+    for (block, kind), rows in cells.rows.items():
+        value = measure(rows)
+        if value is not None:
+            values.append({"block": block, "kind": names[kind], "value": value, "figure": show(value),
+                           "ink": ink(scale.colour(value)), "tip": clean(tell(rows))})
+    empty = [{"block": block, "kind": names[kind], "tip": clean(text)} for (block, kind), text in kept.items()]
+    along = len(kinds) if tall else len(blocks)
+    width = TALL if tall else min(WIDE, LABELS + MOST_CELL * along)
+    by_block = {"field": "block", "type": "ordinal", "title": "block", "sort": blocks,
+                "axis": {"labelAngle": 0, "labelOverlap": True}}
+    by_kind = {"field": "kind", "type": "nominal", "title": None, "sort": [names[kind] for kind in kinds],
+               "axis": {"labelLimit": LABELS, **({"labelAngle": -50, "orient": "top"} if tall else {})}}
+    places = {"x": by_kind, "y": by_block} if tall else {"x": by_block, "y": by_kind}
+    return {
+        "width": width, "height": {"step": 22 if tall else CELL}, "autosize": {"type": "fit-x", "contains": "padding"},
+        "encoding": places,
+        "layer": [_coloured(values, scale, title), *([_kept(empty)] if empty else []),
+                  *([_figures(values)] if (width - LABELS / 2) / max(along, 1) >= ROOM_FOR_FIGURES else [])],
+    }
+
+
+def _coloured(values: Sequence[Mapping[str, Any]], scale: Scale, title: str) -> dict[str, Any]:
+    ticks = _ticks([one["value"] for one in values], scale)
+    least = f"(datum.value > {scale.low * 1.0001!r} ? '' : '≤ ') + " if scale.log else ""
+    legend = {"title": title, "values": ticks, "labelOverlap": False,
+              "labelExpr": least + (PERCENT if scale.log else BITS)}
+    kind: dict[str, Any] = {"type": "log" if scale.log else "linear", "domain": [scale.low, scale.high], "nice": False,
+                            "zero": False, "clamp": True, "scheme": SCHEMES[scale.log]}
+    if scale.high == scale.low:
+        kind = {"type": "ordinal", "range": [scale.colour(scale.low)]}
+    return {"data": {"values": values}, "mark": "rect", "encoding": {
+        "description": {"field": "tip"},
+        "color": {"field": "value", "type": "quantitative", "scale": kind,
+                  "legend": legend if len(ticks) > 1 else None}}}
+
+
+def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
+    """What a legend names: the ends and round figures between; of a linear scale, figures that are there."""
+    if scale.log:
+        found = [figure * 10.0 ** power for power in range(-12, 3) for figure in (1, 2, 5)]
+    else:
+        found = sorted({round(value, 2) for value in values})
+    ends = [scale.low, scale.high] if scale.log else found[::len(found) - 1] if len(found) > 1 else found
+    chosen = list(ends)
+    for value in found:
+        if scale.low < value < scale.high and all(
+                abs(scale.share(value) - scale.share(other)) >= LEAST_GAP * (1.6 if other == scale.low else 1)
+                for other in chosen):
+            chosen.append(value)
+    return sorted(chosen)
+
+
+def _kept(empty: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"data": {"values": empty}, "mark": {"type": "rect", "fillOpacity": 0, "strokeWidth": 1, "stroke": "#888888",
+                                                "strokeDash": [2, 2]},
+            "encoding": {"description": {"field": "tip"}}}
+
+
+def _figures(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"data": {"values": values}, "mark": {"type": "text", "aria": False},
+            "encoding": {"text": {"field": "figure"}, "fill": {"field": "ink", "type": "nominal", "scale": None}}}
+
+
+def error_by_size(points: Sequence[Mapping[str, Any]], of: str) -> dict[str, Any]:
+    """A dot per run: its size against its median error, a line to its worst one.
+
+    points: name, bytes, median, worst, tip; errors are positive.
+    """
+    height, width = 300, 620
+    low, high = min(one["median"] for one in points) * 0.7, max(one["worst"] for one in points) * 1.3
+    sizes = [one["bytes"] / 1e6 for one in points]
+    margin = (max(sizes) - min(sizes)) * 0.08 or max(sizes) * 0.1
+    places = _apart([height * (1 - math.log(one["median"] / low) / math.log(high / low)) for one in points], 14)
+    values = [{**one, "name": clean(one["name"]), "tip": clean(one["tip"]), "megabytes": one["bytes"] / 1e6,
+               "label": low * (high / low) ** (1 - place / height)} for one, place in zip(points, places, strict=True)]
+    x = {"field": "megabytes", "type": "quantitative", "title": "size of all tensors, MB",
+         "scale": {"domain": [min(sizes) - margin, max(sizes) + margin * 5], "zero": False, "nice": False},
+         "axis": {"grid": False, "tickCount": 6, "domain": True}}
+    y = {"type": "quantitative", "title": f"error, % of the {of}: median, line to the worst",
+         "scale": {"type": "log", "domain": [low, high], "nice": False},
+         "axis": {"labelExpr": PERCENT, "tickCount": 5}}
+    return {
+        "width": width, "height": height, "data": {"values": values},
+        "layer": [
+            {"mark": {"type": "rule", "strokeWidth": 1.5, "aria": False},
+             "encoding": {"x": x, "y": {**y, "field": "median"}, "y2": {"field": "worst"}}},
+            {"mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+             "encoding": {"x": x, "y": {**y, "field": "median"}, "description": {"field": "tip"}}},
+            {"mark": {"type": "text", "align": "left", "dx": 9, "fontSize": 12, "limit": 200, "aria": False},
+             "encoding": {"x": x, "y": {**y, "field": "label"}, "text": {"field": "name"}}},
+        ],
+    }
+
+
+def _apart(places: Sequence[float], least: float) -> list[float]:
+    """The same places in the same order, moved down where two are nearer than `least`."""
+    moved, last = [0.0] * len(places), -math.inf
+    for index in sorted(range(len(places)), key=lambda index: (places[index], index)):
+        last = moved[index] = max(places[index], last + least)
+    return moved
