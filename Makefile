@@ -30,7 +30,7 @@ demo: $(READY)  ## quantize the real SmolLM2-135M, inspect it, evaluate it
 
 # The tests of `inspect --report` open the page in a browser; without one they are skipped.
 browser:
-	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		{ apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 || true; fi
 

@@ -108,5 +108,10 @@ def browser(profile: Path) -> Iterator[Browser]:
     try:
         yield Browser(ours_out, ours_in)
     finally:
-        process.kill()
-        process.wait()
+        os.write(ours_out, b'{"id": 0, "method": "Browser.close"}\0')
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        os.close(ours_out)

@@ -7,6 +7,7 @@ stand for figures are in the drawings.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,12 +96,12 @@ def _coloured(values: Sequence[Mapping[str, Any]], scale: Scale, title: str) -> 
 
 
 def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
-    """What a legend names: the ends and round figures between; of a linear scale, figures that are there."""
+    """What a legend names: the ends and round figures between; of a linear scale, the most frequent figures."""
     if scale.log:
         found = [figure * 10.0 ** power for power in range(-12, 3) for figure in (1, 2, 5)]
     else:
-        found = sorted({round(value, 2) for value in values})
-    ends = [scale.low, scale.high] if scale.log else found[::len(found) - 1] if len(found) > 1 else found
+        found = [value for value, _ in Counter(round(value, 2) for value in sorted(values)).most_common()]
+    ends = [scale.low, scale.high] if scale.log else sorted({min(found), max(found)})
     chosen = list(ends)
     for value in found:
         if scale.low < value < scale.high and all(
@@ -121,32 +122,35 @@ def _figures(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "encoding": {"text": {"field": "figure"}, "fill": {"field": "ink", "type": "nominal", "scale": None}}}
 
 
-def error_by_size(points: Sequence[Mapping[str, Any]], of: str) -> dict[str, Any]:
-    """A dot per run: its size against its median error, a line to its worst one.
+def error_by_size(points: Sequence[Mapping[str, Any]], of: str, tall: bool) -> dict[str, Any]:
+    """A dot per run: its size against its median error, a line to its worst one. tall: for narrow screens.
 
     points: name, bytes, median, worst, tip; errors are positive.
     """
-    height, width = 300, 620
+    height, width = (280, TALL) if tall else (340, WIDE)
     low, high = min(one["median"] for one in points) * 0.7, max(one["worst"] for one in points) * 1.3
     sizes = [one["bytes"] / 1e6 for one in points]
-    margin = (max(sizes) - min(sizes)) * 0.08 or max(sizes) * 0.1
-    places = _apart([height * (1 - math.log(one["median"] / low) / math.log(high / low)) for one in points], 14)
+    span = max(sizes) - min(sizes) or max(sizes)
+    places = _apart([height * (1 - math.log(one["median"] / low) / math.log(high / low)) for one in points], 15)
     values = [{**one, "name": clean(one["name"]), "tip": clean(one["tip"]), "megabytes": one["bytes"] / 1e6,
                "label": low * (high / low) ** (1 - place / height)} for one, place in zip(points, places, strict=True)]
+    round_ones = [figure * 10.0 ** power for power in range(-12, 3) for figure in (1, 2, 5)]
     x = {"field": "megabytes", "type": "quantitative", "title": "size of all tensors, MB",
-         "scale": {"domain": [min(sizes) - margin, max(sizes) + margin * 5], "zero": False, "nice": False},
-         "axis": {"grid": False, "tickCount": 6, "domain": True}}
-    y = {"type": "quantitative", "title": f"error, % of the {of}: median, line to the worst",
-         "scale": {"type": "log", "domain": [low, high], "nice": False},
-         "axis": {"labelExpr": PERCENT, "tickCount": 5}}
+         "scale": {"domain": [min(sizes) - span * 0.08, max(sizes) + span * (0.7 if tall else 0.3)], "zero": False,
+                   "nice": False}, "axis": {"grid": False, "tickCount": 4 if tall else 8}}
+    y = {"type": "quantitative", "title": None, "scale": {"type": "log", "domain": [low, high], "nice": False},
+         "axis": {"labelExpr": PERCENT, "values": [value for value in round_ones if low <= value <= high]}}
+    title = {"text": f"error, % of the {of}", "anchor": "start", "fontSize": 11, "fontWeight": "normal", "offset": 10}
     return {
-        "width": width, "height": height, "data": {"values": values},
+        "width": width, "height": height, "autosize": {"type": "fit-x", "contains": "padding"}, "title": title,
+        "data": {"values": values},
         "layer": [
             {"mark": {"type": "rule", "strokeWidth": 1.5, "aria": False},
              "encoding": {"x": x, "y": {**y, "field": "median"}, "y2": {"field": "worst"}}},
             {"mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
              "encoding": {"x": x, "y": {**y, "field": "median"}, "description": {"field": "tip"}}},
-            {"mark": {"type": "text", "align": "left", "dx": 9, "fontSize": 12, "limit": 200, "aria": False},
+            {"mark": {"type": "text", "align": "left", "dx": 10, "fontSize": 11 if tall else 13, "limit": 110 if tall
+                      else 260, "aria": False},
              "encoding": {"x": x, "y": {**y, "field": "label"}, "text": {"field": "name"}}},
         ],
     }

@@ -159,15 +159,17 @@ def _linears(rows: Sequence[Row], everything: Sequence[Row]) -> Element:
                             ("expected KL", "expected_kl", lambda value: "–" if value is None else f"{value:.2g}")):
         if any(row.get(key) is not None for row in everything):
             columns.append((name, lambda row, key=key, show=show: show(row.get(key))))  # type: ignore[misc]
-    return table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows], left=2)
+    return table([name for name, _ in columns], [[cell(row) for _, cell in columns] for row in rows], left=2,
+                 class_="linears")
 
 
 def _stored(run: Run, level: str) -> Element:
     """Schemes, and what is not quantized."""
     summary = run.summary
+    by_bits = sorted(summary["schemes"], key=lambda one: one["bits_per_weight"])
     schemes = table(["scheme", "linears", "weights", "size", "bits/weight"], [
         [one["scheme"], str(one["linears"]), millions(one["weights"]), size(one["bytes"]),
-         f"{one['bits_per_weight']:.4g}"] for one in summary["schemes"]])
+         f"{one['bits_per_weight']:.4g}"] for one in by_bits])
     rest = table(["not quantized", "why", "tensors", "size", "type"], [
         [one["name"], one["reason"], str(one["tensors"]), size(one["bytes"]), one["dtype"]]
         for one in summary["not_quantized"]], left=2) if summary["not_quantized"] else None

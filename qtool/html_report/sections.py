@@ -60,8 +60,10 @@ def _scatter(runs: Sequence[Run], key: str, charts: Charts) -> Piece:
         return node("p", "All errors are zero, so none is drawn.", class_="note")
     label = f"Median error against size of {len(points)} checkpoints; the table below has the figures"
     caption = ONLY_WEIGHTS if key == "weight_error" else MEANINGS[key][1]
-    drawn = charts.draw(error_by_size(points, ERRORS[key]), label, "scatter")
-    return node("figure", drawn, node("figcaption", caption))
+    drawn = [charts.draw(error_by_size(points, ERRORS[key], tall), label, f"scatter {'tall' if tall else 'wide'}")
+             for tall in (False, True)]
+    return node("figure", *drawn, node("figcaption", f"A dot is the median over the linears, its line goes up to the "
+                                       f"worst one. {caption}"))
 
 
 def _table(runs: Sequence[Run]) -> Element:
@@ -76,5 +78,5 @@ def _table(runs: Sequence[Run]) -> Element:
                       size(summary["weight_bytes"]),
                       percent(summary["weight_bytes"] / original) if original else "–",
                       f"{summary['bits_per_weight']:.4g}", *figures])
-    errors = [name for key in keys for name in (f"{NAMES[key]}: median", "worst")]
+    errors = [name for key in keys for name in (NAMES[key], "worst")]
     return table(["checkpoint", "method", "format", "size", "of the original", "bits/weight", *errors], lines, left=3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qtool import manifest
+from qtool import decode, html_report, inspect, manifest
 from tests import chromium
 from tests.chromium import Browser
 from tests.cli.conftest import Run, make
@@ -73,6 +73,20 @@ def test_without_a_manifest_the_page_has_what_is_known(run: Run, rtn: Path, mode
     assert run("inspect", bare, "--against", model, "--report", tmp_path / "bare.html")[0] == 0
     text = (tmp_path / "bare.html").read_text(encoding="utf-8")
     assert "Error of the outputs" in text and "measured from the files" in text
+
+
+def test_experts_of_a_block_are_one_cell(gptq: Path) -> None:
+    source = decode.open_model(str(gptq))
+    rows = inspect.layers(source, inspect.record_of(source))
+    for number, row in enumerate(rows):
+        row["name"] = f"model.layers.{row['block']}.mlp.experts.{number % 7}.up_proj"
+    text = html_report.page([html_report.Run(inspect.summary(source), rows, None)]).decode()
+    block = [row for row in rows if row["block"] == 1]
+    errors = sorted(row["relative_error"] for row in block)
+    worst = next(row for row in block if row["relative_error"] == errors[-1])
+    told = (f"{block[0]['name']} and 6 more\n{100 * errors[3]:.2g} % of the outputs' energy, the median\n"
+            f"worst {100 * errors[-1]:.2g} % of the outputs' energy: {worst['name']}</title>")
+    assert told in text and text.count("<title>") == 1 + 2 * 2 * 3  # the page's; two maps in two forms of three cells
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -172,7 +186,7 @@ def test_what_a_checkpoint_says_is_text(browser: Browser, pages: Path) -> None:
     assert browser.value("document.querySelectorAll('img, b, body script ~ script, iframe').length") == 0
     text = browser.value("document.body.textContent")
     assert text.count(HOSTILE) >= 3 and "</script>" in text and "\x1b" not in text and "\u202e" not in text
-    assert browser.value("document.querySelectorAll('.scatter .mark').length") == 2
+    assert browser.value("document.querySelectorAll('.scatter.wide .mark').length") == 2
     assert browser.value("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
 
 
