@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,9 @@ class Source:
             return self.checkpoint.read(f"{linear_name}.weight").float()
         assert self.format is not None
         scheme, shape = self._linears[linear_name]
-        dense: torch.Tensor = self.format.dequantize(linear_name, self._read_stored, scheme, shape, self._stored_config)
+        with self._all_there():
+            dense: torch.Tensor = self.format.dequantize(linear_name, self._read_stored, scheme, shape,
+                                                         self._stored_config)
         return dense
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -72,7 +75,10 @@ class Source:
             raise InputError(f"{linear_name} is not quantized in {self.origin}; read {linear_name}.weight instead")
         assert self.format is not None
         scheme, shape = self._linears[linear_name]
-        return self.format.unpack(linear_name, self._read_stored, scheme, shape, self._stored_config)
+        with self._all_there():
+            tensor: QuantizedTensor = self.format.unpack(linear_name, self._read_stored, scheme, shape,
+                                                         self._stored_config)
+        return tensor
 
     def obstacle(self, linear_name: str) -> str | None:
         """Why the codes of a quantized linear cannot be kept as they are in another format, or None."""
@@ -95,6 +101,10 @@ class Source:
                     raise CheckpointError(f"{module}: {first} and {second} are not positive; the file is damaged")
                 found[module] = keys, values
         return found
+
+    def quantization(self) -> Mapping[str, Any]:
+        """The quantization_config, wherever the checkpoint keeps it; {} when there is none."""
+        return formats.quantization_config(self._stored_config)
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors on disk."""
@@ -120,6 +130,15 @@ class Source:
     def _linear_of(self, name: str) -> str | None:
         linear = name.removesuffix(".weight")
         return linear if linear != name and linear in self._linears else None
+
+    @contextmanager
+    def _all_there(self) -> Iterator[None]:
+        """A tensor that a format asks for and does not find is an error of the checkpoint."""
+        try:
+            yield
+        except KeyError as missing:
+            raise CheckpointError(f"{self.origin}: {missing.args[0]} is missing; the download is incomplete, or "
+                                  "config.json belongs to another file") from None
 
     def _read_stored(self, name: str) -> torch.Tensor:
         if name not in self.checkpoint.specs:

@@ -10,7 +10,7 @@ from typing import Any
 from qtool import console, heatmap, html_report, inspect, report
 from qtool.decode import Source, open_model
 from qtool.errors import InputError, VerificationError
-from qtool.inspect import statistics, tables
+from qtool.inspect import loaders, statistics, tables
 from qtool.units import size
 
 Rows = list[dict[str, Any]]
@@ -146,6 +146,8 @@ def _measure(asked: Asked, source: Source, rows: Rows, result: dict[str, Any]) -
     if asked.verify:
         with console.steps("verifying", asked.quiet) as step:
             result["problems"] = inspect.verify(source, rows, step)
+        result["loaders"] = loaders.check(source)
+        result["problems"] += dict.fromkeys(problem for one in result["loaders"] for problem in one["problems"])
 
 
 def _diff(asked: Asked, first: str, second: str) -> None:

@@ -248,6 +248,11 @@ def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
         if changed:
             text += f", {len(changed)} differ: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
         rows.append(("compared", Text(text, style="yellow" if changed else "green")))
+    for one in data.get("loaders") or ():
+        faults = len(one["problems"])
+        text = f"{faults} faults" if faults else "finds every key in the dtype and shape that it wants"
+        text += "".join(f"; limit: {limit}" for limit in one["limits"])
+        rows.append((one["loader"], Text(text, style="red" if faults else "yellow" if one["limits"] else "green")))
     if data.get("problems") == []:
         hashes = "hashes, names" if data["made_by"] else "names (there is no manifest with hashes)"
         rows.append(("verified", Text(f"{hashes}, types and shapes; every tensor decodes and is finite",

@@ -1,0 +1,122 @@
+"""inspect --verify: what loaders look for, in every format, with and without a manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool import decode, manifest
+from qtool.inspect import loaders
+from tests import tiny
+from tests.cli.conftest import Run, make
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 32}
+MADE = {
+    "rtn": ["--method", "rtn"], "asymmetric": ["--method", "rtn", "--asymmetric"],
+    "three": ["--method", "rtn", "--bits", "3"], "w8a8": ["--method", "w8a8"], "fp8": ["--method", "fp8"],
+    "fp8-static": ["--method", "fp8-static", "--samples", "4", "--sequence-length", "16"],
+    "fp8-block": ["--method", "fp8-block"], "nf4": ["--method", "nf4"], "nf4-dq": ["--method", "nf4", "--double-quant"],
+    "llm-int8": ["--method", "llm-int8"], "mxfp4": ["--method", "mxfp4"], "nvfp4": ["--method", "nvfp4"],
+    "gptq": ["--method", "rtn", "--format", "gptq"], "gptq3": ["--method", "rtn", "--format", "gptq", "--bits", "3"],
+    "awq": ["--method", "rtn", "--format", "awq", "--asymmetric"],
+    "mlx": ["--method", "rtn", "--format", "mlx", "--asymmetric"],
+    "modelopt": ["--method", "nvfp4", "--format", "modelopt"],
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("loaders")
+    source = tiny.make(folder / "wide", "llama", **WIDE)
+
+    def get(name: str) -> Path:
+        if not (folder / name).exists():
+            make("quantize", source, *MADE[name], "--quiet", "--out", folder / name)
+        return folder / name
+    return get
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_quantize_writes_has_what_loaders_want(name: str, quantized: Callable[[str], Path]) -> None:
+    found = loaders.check(decode.open_model(str(quantized(name))))
+    assert found and all(one["problems"] == [] for one in found), found
+    assert {one["loader"] for one in found} <= {"transformers", "vLLM", "GPTQModel", "mlx-lm"}
+
+
+@pytest.mark.parametrize(("name", "loader", "words"), [
+    ("three", "vLLM", "no kernel for 3 bits"), ("gptq3", "vLLM", "no kernel for 3 bits"),
+])
+def test_limits_are_no_faults(name: str, loader: str, words: str, quantized: Callable[[str], Path], run: Run) -> None:
+    status, out, _ = run("inspect", quantized(name), "--verify", "--json")
+    limits = {one["loader"]: one["limits"] for one in json.loads(out)["loaders"]}
+    assert status == 0 and words in limits[loader][0] and "and 13 more" in limits[loader][0]
+    assert words in run("inspect", quantized(name), "--verify")[1]
+
+
+Q = "model.layers.1.self_attn.q_proj"
+Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+
+
+def cut(suffix: str) -> Change:
+    return lambda tensors, config: tensors.__setitem__(f"{Q}.{suffix}", tensors[f"{Q}.{suffix}"][:-1].clone())
+
+
+def cast(suffix: str, dtype: torch.dtype) -> Change:
+    return lambda tensors, config: tensors.__setitem__(f"{Q}.{suffix}", tensors[f"{Q}.{suffix}"].to(dtype))
+
+
+def drop(suffix: str) -> Change:
+    return lambda tensors, config: tensors.__delitem__(f"{Q}.{suffix}")
+
+
+def add(suffix: str) -> Change:
+    return lambda tensors, config: tensors.__setitem__(f"{Q}.{suffix}", torch.zeros(3))
+
+
+def forget(key: str) -> Change:
+    return lambda tensors, config: config["quantization_config"].__delitem__(key)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("rtn", cast("weight_scale", torch.float64), "weight_scale: is F64"),
+    ("rtn", add("weight_extra"), "weight_extra: no loader of compressed-tensors knows"),
+    ("asymmetric", drop("weight_zero_point"), "weight_zero_point: is missing"),
+    ("rtn", forget("quantization_status"), "no quantization_status, which transformers needs"),
+    ("gptq", cast("g_idx", torch.int64), "g_idx: is I64 [128]"),
+    ("gptq", cut("qzeros"), "qzeros: is I32 [0, 16], loaders want I32 [1, 16]"),
+    ("gptq", forget("desc_act"), "no desc_act, which vLLM needs"),
+    ("fp8-block", forget("activation_scheme"), "no activation_scheme, which vLLM needs"),
+    ("nf4", drop("weight.quant_map"), "weight.quant_map: is missing"),
+    ("mlx", cut("biases"), "biases: is"),
+])
+def test_faults_are_found_without_a_manifest(name: str, change: Change, message: str, run: Run, tmp_path: Path,
+                                             quantized: Callable[[str], Path]) -> None:
+    out = tmp_path / "bad"
+    shutil.copytree(quantized(name), out)
+    (out / manifest.NAME).unlink()
+    tensors, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, out / "model.safetensors", {"format": "mlx" if name == "mlx" else "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    status, shown, err = run("inspect", out, "--verify", "--json")
+    assert status == 3, (status, err)
+    assert any(message in problem for problem in json.loads(shown)["problems"]), json.loads(shown)["problems"]
+
+
+def test_gguf_names_are_those_of_llama_cpp(run: Run, quantized: Callable[[str], Path], tmp_path: Path) -> None:
+    source = quantized("rtn").parent / "wide"
+    make("export", source, "--to", "gguf", "--type", "q4_0", "--out", tmp_path / "a.gguf", "--quiet")
+    status, out, _ = run("inspect", tmp_path / "a.gguf", "--verify", "--json")
+    assert status == 0 and json.loads(out)["loaders"] == [{"loader": "llama.cpp", "problems": [], "limits": []}]
+    data = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "b.gguf").write_bytes(data.replace(b"llama.feed_forward_length", b"llama.feed_forward_lengtx"))
+    found = run("inspect", tmp_path / "b.gguf", "--verify", "--json")
+    assert found[0] in (2, 3) and "feed_forward_length" in found[1] + found[2]
