@@ -10,7 +10,7 @@ from typing import Any
 from qtool import console, heatmap, html_report, inspect, report
 from qtool.decode import Source, open_model
 from qtool.errors import InputError, VerificationError
-from qtool.inspect import loaders, statistics, tables
+from qtool.inspect import graph, loaders, statistics, tables
 from qtool.units import size
 
 Rows = list[dict[str, Any]]
@@ -72,7 +72,7 @@ def run(asked: Asked) -> None:
     if asked.system:
         result["system"] = inspect.system()
     if asked.path is not None:
-        runs = [_inspected(asked, path) for path in asked.paths]
+        runs = [(_graph if graph.is_graph(path) else _inspected)(asked, path) for path in asked.paths]
         result |= {"checkpoints": [run.summary for run in runs]} if asked.several else runs[0].summary
         rows = inspect.arranged(runs[0].rows, asked.sort, asked.top)
         if asked.lists or asked.outliers:
@@ -126,6 +126,25 @@ def _inspected(asked: Asked, path: str) -> html_report.Run:
                          "lists them; quantize with --recipe llm-int8-outliers")
     _measure(asked, source, rows, result)
     return html_report.Run(result, rows, record)
+
+
+def _graph(asked: Asked, path: str) -> html_report.Run:
+    """The same of an ONNX decoder."""
+    others = {"--against": asked.against, "--memory": asked.memory, "--outliers": asked.outliers}
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise InputError(f"{path} is an ONNX decoder; {', '.join(given)} is for checkpoints: ask of the one that it "
+                         "was exported from")
+    with console.working(f"reading {path}", asked.quiet):
+        opened = graph.open_graph(path)
+        result, rows = graph.summary(opened), graph.layers(opened)
+    if asked.verify:
+        with console.steps("verifying", asked.quiet) as step:
+            result["problems"], result["loaders"] = graph.verify(opened, step), []
+    if (asked.lists or asked.csv) and not asked.headers_only:
+        for row, (node, told) in zip(rows, opened.products(), strict=True):
+            row.update(statistics.describe(graph.decoded(opened, node, told)))
+    return html_report.Run(result, rows, opened.record)
 
 
 def _sizes(asked: Asked) -> tuple[int, int]:

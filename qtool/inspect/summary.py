@@ -24,15 +24,16 @@ def summary(source: Source) -> dict[str, Any]:
         "format": stored_name(source), "dtype": dtype_name(source.dtype),
         "blocks": source.config.get("num_hidden_layers"), "parameters": parameters, "weight_bytes": stored,
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
-        "bits_per_weight": bits_per_weight(source), "schemes": _schemes(rows),
+        "bits_per_weight": bits_per_weight(source), "schemes": schemes_of(rows),
         "not_quantized": _not_quantized(source, record), "error": kind_and_error,
-        "kv_cache": "fp8" if source.cache_scales() else None, "outliers": _outliers(rows), "made_by": _made_by(record),
+        "kv_cache": "fp8" if source.cache_scales() else None, "outliers": _outliers(rows), "made_by": made_by(record),
         "allocation": {key: value for key, value in ((record or {}).get("allocation") or {}).items()
                        if key != "linears"} or None,
     }
 
 
-def _schemes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def schemes_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the summary says of each scheme."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["scheme_label"], []).append(row)
@@ -84,7 +85,8 @@ def _outliers(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
             "features": sum(row["outlier_features"] for row in known) if known else None}
 
 
-def _made_by(record: dict[str, Any] | None) -> dict[str, Any] | None:
+def made_by(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Where a manifest says that the files come from."""
     if record is None:
         return None
     recipe, used = record["recipe"], record["calibration"] or {}

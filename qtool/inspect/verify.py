@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from qtool import manifest
 from qtool.decode import Source
 from qtool.errors import CheckpointError, ModelError
-from qtool.inspect.files import Step, folder_of, no_steps, record_of
+from qtool.inspect.files import Step, folder_of, no_steps, record_of, wrong_hashes
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, all_finite
 
@@ -23,7 +22,7 @@ def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) ->
     decoded and finite, and, after compare(), the measured errors against the recorded ones.
     """
     record = record_of(source)
-    problems = _wrong_hashes(source, record, step) if record else []
+    problems = wrong_hashes(folder_of(source), record, step) if record else []
     problems += _wrong_layout(source, record, step)
     for done, (name, spec) in enumerate(source.specs.items()):
         step(done, len(source.specs), name)
@@ -39,18 +38,6 @@ def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) ->
         if before is not None and abs(before - now) > TOLERANCE * max(before, 1e-9):
             problems.append(f"{row['stored']}: its weight error is {now:g}, but the manifest says {before:g}; the "
                             "original is another model, or the file was changed")
-    return problems
-
-
-def _wrong_hashes(source: Source, record: dict[str, Any], step: Step) -> list[str]:
-    problems = []
-    for done, (name, digest) in enumerate(record["outputs"].items()):
-        step(done, len(record["outputs"]), name)
-        path = folder_of(source) / name
-        if not path.is_file():
-            problems.append(f"{path}: is in the manifest, but not there")
-        elif manifest.file_hash(path) != digest:
-            problems.append(f"{path}: is not as it was written (its sha256 differs from the manifest's)")
     return problems
 
 
