@@ -98,7 +98,7 @@ def refuse(asked: Asked) -> None:
     if not asked.diff and asked.path is None and not asked.system:
         raise InputError("give the PATH of a checkpoint, --diff A B, or --system")
     if not asked.diff and asked.path is None and (given or asked.csv):
-        raise InputError(f"{', '.join([*given, *(['--csv'] if asked.csv else [])])}: give the PATH of a checkpoint")
+        raise InputError(f"{', '.join([*given, *(['--csv'] if asked.csv else [])])} need the PATH of a checkpoint")
     for name, value in sizes.items():
         if value is not None and not asked.memory:
             raise InputError(f"{name} goes with --memory")

@@ -275,7 +275,8 @@ def _kept(kept: Mapping[str, Placed]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str], list[Placed]] = {}
     for name, one in kept.items():
         vector = len(one.shape) < 2
-        why = "table of positions" if name.endswith(TABLES) else "not a matrix" if vector else "embedding" if "embed" in name else "not quantized in the source"
+        why = ("table of positions" if name.endswith(TABLES) else "not a matrix" if vector else
+               "embedding" if "embed" in name else "not quantized in the source")
         pattern = "biases and norms" if vector else any_number(name.removesuffix(".weight"))
         groups.setdefault((pattern, why, dtype_name(one.dtype)), []).append(one)
     lines = [{"name": name, "reason": why, "dtype": dtype, "tensors": len(ones),

@@ -66,7 +66,7 @@ BAD_QUANTIZE = [
     ("QUANTIZED", "is quantized already .compressed-tensors.; start from the original.*--to hf"),
 ]
 BAD_OTHERS = [
-    ("inspect", "give the PATH of a checkpoint, or --system"),
+    ("inspect", "give the PATH of a checkpoint, --diff A B, or --system"),
     ("inspect --layers", "PATH"),
     ("inspect --system --verify", "need the PATH"),
     ("inspect MODEL --json --csv", "exclude each other"),
