@@ -31,7 +31,7 @@ def text(manifest: Mapping[str, Any], loaders: Sequence[tuple[str, str]]) -> str
     ]
     if recipe is not None:
         parts.append("## Recipe\n\n```yaml\n" + yaml.safe_dump(_plain(recipe), sort_keys=False).strip() + "\n```\n")
-    parts.append(_calibration(manifest["calibration"]))
+    parts += [_calibration(manifest["calibration"]), _redone(manifest.get("redone", ()))]
     return "\n".join(part for part in parts if part)
 
 
@@ -118,6 +118,20 @@ def _calibration(used: Mapping[str, Any] | None) -> str:
         return ""
     return (f"Calibrated on {used['samples']} × {used['sequence_length']} tokens of `{used['source']}` "
             f"(sha256 of the tokens: `{used['sha256']}`).\n")
+
+
+def _redone(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What was made again after the run, each time with what differs."""
+    lines = []
+    for one in entries:
+        names, labels = list(one["linears"]), list(dict.fromkeys(map(scheme_label, one["linears"].values())))
+        steps = "+".join(next(iter(step)) for step in one["recipe"]["steps"])
+        used = one["calibration"]
+        text = f", calibrated on {used['samples']} × {used['sequence_length']} tokens" if used else ""
+        patterns = ", ".join(f"`{pattern}`" for pattern in one["patterns"])
+        lines.append(f"- {patterns}: {len(names)} linears to {', '.join(labels)} with {steps}{text}\n")
+    return "## Redone\n\nThe linears that match, and nothing else, were made again from the original weights.\n\n" \
+        + "".join(lines) if lines else ""
 
 
 def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +51,8 @@ def quantize(
     double_quant: o.DoubleQuant = False, kv_cache: o.KvCache = None, format_: o.Format = None,
     calibration: o.Text = None, samples: o.Samples = None, sequence_length: o.Length = None, dtype: o.Dtype = None,
     seed: o.Seed = None, set_: o.Settings = None, out: o.Out = None, device: o.Device = "auto",
-    dry_run: o.DryRun = False, restart: o.Restart = False, json: o.Json = False, quiet: o.Quiet = False,
+    dry_run: o.DryRun = False, probe: o.Probe = False, redo: o.Redo = None, restart: o.Restart = False,
+    json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
 
@@ -67,38 +67,15 @@ def quantize(
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
              "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
              "--seed": ("seed", seed)}
-    made = flags.to_recipe(method, recipe, typed, set_ or [])
-    with console.working(f"reading {model}", quiet or json):
-        from qtool import pipeline, prepare
-        from qtool.outputs import make_plan
+    if probe and not dry_run:
+        raise InputError("--probe goes with --dry-run")
+    from qtool import quantizing
 
-        checkpoint = prepare.open_source(model)
-        plan = make_plan(checkpoint, made, out, device)
-    if dry_run:
-        _show(prepare.dry_run(checkpoint, plan), "plan", json, quiet)
-        return
-    for text in (*_without_kernels(), *plan.warnings):
-        console.note(f"note: {text}", quiet or json)
-    began = time.monotonic()
-    with console.progress(quiet or json) as progress:
-        result = pipeline.run(checkpoint, plan, progress, restart)
-    seconds = time.monotonic() - began
-    if json:
-        console.show_json({**result, "out": str(plan.out), "seconds": round(seconds, 3)})
-    elif not quiet:
-        from qtool import report
-
-        console.show(report.quantized(result, str(plan.out), seconds))
-
-
-def _without_kernels() -> list[str]:
-    """One note where the package was installed without its compiled extension."""
-    from qtool import ops
-
-    if ops.native_available():
-        return []
-    return ["the compiled kernels are not installed, so the ops run in plain PyTorch, with the same results but many "
-            "times slower; with a C++ compiler at hand, install qtool again"]
+    given = flags.Given(method, recipe, typed, set_ or [])
+    if redo:
+        quantizing.redo(quantizing.Wanted(model, out, device, dry_run, probe, restart, json, quiet), given, redo)
+    else:
+        quantizing.quantize(quantizing.Wanted(model, out, device, dry_run, probe, restart, json, quiet), given)
 
 
 @app.command(epilog="Examples:\n\nqtool inspect ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --sort error\n\n"

@@ -1,4 +1,4 @@
-"""Peak memory and time of a plan, before it runs. Every term is one buffer that the pipeline really holds.
+"""Peak memory and temporary files of a plan, before it runs. Every term is one buffer that the pipeline really holds.
 
 Memory is that of the process on a CPU; the terms are named so that `--dry-run --json` can be held against a profile.
 """
@@ -6,7 +6,6 @@ Memory is that of the process on a CPU; the terms are named so that `--dry-run -
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +16,10 @@ from qtool.budget import MEASURED
 from qtool.models.backward import ROWS
 from qtool.models.skeleton import Skeleton
 from qtool.recipe import Recipe
-from qtool.tensors import any_number
+from qtool.tensors import CHUNK_ELEMENTS, any_number
 
 if TYPE_CHECKING:
-    from qtool.stages import Stage
+    from qtool.stages import LinearPlan, Stage
 
 PAGE = 4096
 
@@ -39,7 +38,6 @@ class Work:
     calibrated: bool
     float_share: float
     rotated: bool = False
-    candidates: int = 0  # of a budget: the most schemes that one linear may take
 
     @property
     def streams(self) -> int:
@@ -59,8 +57,18 @@ def resident() -> int:
         return 0
 
 
+def meminfo() -> dict[str, int]:
+    """Bytes by name, where the system tells (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":") for line in lines if ":" in line)
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+
+
 def memory(work: Work) -> dict[str, int]:
-    """Bytes by purpose; `peak` is the largest sum that is held at one time."""
+    """Bytes by purpose; `peak` is the largest sum that is held at one time by the process, `gpu` by the device."""
     base = resident()
     terms = _memory(work, base)
     if work.recipe.search_samples:
@@ -69,23 +77,57 @@ def memory(work: Work) -> dict[str, int]:
     return terms
 
 
+def temporary(work: Work) -> dict[str, int]:
+    """Bytes of files that are there while running only, by purpose; `peak`: the most at one time.
+
+    resume: the stream at the entrance of a block and, before that is removed, of the next.  spilled: the streams past
+    memory_budget_gb.  parts: inputs and outputs of the parts of a block.  search: of a budget, before the blocks.
+    """
+    resume = 2 * _stream(work) * work.streams if work.calibrated and len(work.skeleton.blocks) > 1 else 0
+    spilled = _stream(work) * work.streams - _held(work) if work.calibrated else 0
+    parts = _kept(work) if work.calibrated else 0
+    search = _search(work)["search_files"] if work.recipe.search_samples else 0
+    return {"resume": resume, "spilled": spilled, "parts": parts, "search": search,
+            "peak": max(resume + spilled + parts, search)}
+
+
 def _memory(work: Work, base: int) -> dict[str, int]:
     largest = max((spec.nbytes for stage in work.stages for spec in stage.outputs), default=0)
     solve = max((_solving(*linear.shape, work) for stage in work.stages for linear in stage.linears), default=0)
     trial = max(_trial(work.skeleton, index) for index in range(len(work.skeleton.blocks))) if work.rotated else 0
+    outside = max((_outside(linear, work) for stage in work.stages for linear in stage.outside), default=0)
     if not work.calibrated:
-        return {"runtime": base, "tensor": largest, "solve": solve, "trial": trial,
-                "peak": base + max(largest, solve, trial)}
-    compute = work.compute_dtype.itemsize
+        return {"runtime": base, "tensor": largest, "solve": solve, "outside": outside, "trial": trial,
+                "peak": base + max(largest, solve, outside, trial)}
     blocks = [_block(stage, work) for stage in work.stages if stage.block is not None]
     weights, statistics, solve, forward, source = (max(values) for values in zip(*blocks, strict=True))
-    stream = work.tokens * work.skeleton.hidden * work.model_dtype.itemsize
-    held = min(stream * work.streams, int(work.recipe.memory_budget_gb * 1e9))
-    embedding = work.skeleton.vocabulary * work.skeleton.hidden * compute
-    running = weights + source + max(statistics + forward, solve)
-    return {"runtime": base, "stream": stream, "weights": weights, "statistics": statistics, "solve": solve,
-            "forward": forward, "read_ahead": source, "embedding": embedding, "kept_in_files": _kept(work),
-            "trial": trial, "peak": base + max(held + max(running, embedding + largest), trial)}
+    held = _held(work)
+    embedding = work.skeleton.vocabulary * work.skeleton.hidden * work.model_dtype.itemsize
+    running = weights + max(statistics + forward, solve)
+    around = max(embedding + forward, source + max(largest, outside))
+    terms = {"runtime": base, "stream": held, "weights": weights, "statistics": statistics, "solve": solve,
+             "forward": forward, "read_ahead": source, "embedding": embedding, "outside": outside, "trial": trial}
+    if work.device.type == "cpu":
+        return {**terms, "peak": base + max(held + max(running + source, around), trial)}
+    on_device = max(running, embedding + forward)
+    return {**terms, "gpu": on_device, "peak": base + max(held + source + max(largest, outside), trial)}
+
+
+def _stream(work: Work) -> int:
+    return work.tokens * work.skeleton.hidden * work.model_dtype.itemsize
+
+
+def _held(work: Work) -> int:
+    """Bytes of the streams in memory; one past its share of the budget lies in a file."""
+    share = int(work.recipe.memory_budget_gb * 1e9) // work.streams
+    return _stream(work) * work.streams if _stream(work) <= share else 0
+
+
+def _outside(linear: LinearPlan, work: Work) -> int:
+    """An embedding or head that is quantized in chunks of rows: packed and read back whole, one chunk's temporaries."""
+    rows, columns = linear.shape
+    packed = rows * columns * linear.scheme.bits // 8
+    return 2 * packed + 40 * min(CHUNK_ELEMENTS, rows * columns)
 
 
 def _trial(skeleton: Skeleton, index: int) -> int:
@@ -125,41 +167,10 @@ def _search(work: Work) -> dict[str, int]:
             kept = max(kept, sum(one.shape[1] * work.model_dtype.itemsize + one.shape[0] * 4 for one in stage.linears
                                  if ".experts." not in one.name))
             largest = max(largest, elements * (compute + work.model_dtype.itemsize) + sums + max(forward, solve))
-    held = min(stream, int(work.recipe.memory_budget_gb * 1e9))
+    held = stream if stream <= int(work.recipe.memory_budget_gb * 1e9) else 0
     blocks = sum(stage.block is not None for stage in work.stages)
     files = tokens * hidden * work.model_dtype.itemsize * (blocks + 1) + measured * (8 * hidden + kept)
     return {"search": held + max(head, largest), "search_files": files}
-
-
-def seconds(work: Work) -> float | None:
-    """From the arithmetic and the rate of one small matrix product here; rough, and None for data-free plans."""
-    flops = (_run_flops(work) if work.calibrated else 0.0) + _search_flops(work)
-    return flops / _rate(work.device, work.compute_dtype) if flops else None
-
-
-def _search_flops(work: Work) -> float:
-    """Of a budget, else 0. Two passes forward and H; on what is measured one more, one backward, the head and one
-    product per candidate; and of every candidate a factor and a solve."""
-    tokens = work.recipe.search_samples * work.recipe.calibration.sequence_length
-    linears = [linear.shape for stage in work.stages for linear in stage.linears]
-    shared = {(linear.block, linear.shape[1]) for stage in work.stages for linear in stage.linears}
-    weights, head = sum(rows * columns for rows, columns in linears), work.skeleton.vocabulary * work.skeleton.hidden
-    flops = tokens * (4.0 * weights + sum(columns**2 for _, columns in shared))
-    flops += 2.0 * tokens * MEASURED * ((2 + work.candidates) * weights + 2 * head)
-    if work.calibrated:
-        flops += work.candidates * 6.0 * sum(rows * columns**2 for rows, columns in linears)
-    return flops
-
-
-def _run_flops(work: Work) -> float:
-    linear_weights = sum(linear.shape[0] * linear.shape[1] for stage in work.stages for linear in stage.linears)
-    shared = {(linear.block, linear.shape[1]): linear.shape for stage in work.stages for linear in stage.linears}
-    passes = (1 if work.device.type == "cpu" else 2) * (1 + work.float_share)
-    flops = 2.0 * passes * work.tokens * linear_weights
-    flops += sum(columns**2 * work.tokens * (1 + 2 * work.float_share) for _, columns in shared.values())
-    products = sum(one.shape[0] * one.shape[1] ** 2 for stage in work.stages for one in stage.linears)  # N K², to solve
-    flops += (20 if work.float_share else 12) * products
-    return flops
 
 
 def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
@@ -215,14 +226,3 @@ def _solving(rows: int, columns: int, work: Work) -> int:
     target = weights * 12 + columns**2 * 4 * (4 if work.float_share < 1 else 3) if work.float_share else 0
     codes = weights * ((20 if work.float_share else 16) + 3) + columns**2 * 4 * 3
     return max(target, codes) + _held_out(columns, work)
-
-
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 1024 if device.type == "cpu" else 8192
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    left @ left
-    start = time.perf_counter()
-    for _ in range(3):
-        product = left @ left
-    float(product[0, 0])
-    return 3 * 2 * size**3 / (time.perf_counter() - start)

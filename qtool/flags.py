@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from qtool.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qtool.recipe import Recipe
 
 
 def bits_or_budget(bits: float | None, budget: str | None) -> tuple[int | float | None, str | None]:
@@ -31,18 +35,44 @@ def symmetric(symmetric: bool, asymmetric: bool) -> bool | None:
     return True if symmetric else False if asymmetric else None
 
 
-def to_recipe(method: str | None, name: str | None, typed: dict[str, tuple[str, Any]], settings: list[str]) -> Any:
+@dataclass(frozen=True)
+class Given:
+    """What was said about the recipe. typed: flag -> (key of the recipe, value or None)."""
+
+    method: str | None
+    recipe: str | None
+    typed: dict[str, tuple[str, Any]]
+    settings: list[str]
+
+
+def named(given: Given) -> Recipe | None:
+    """The recipe that --method or --recipe names; None: neither was given."""
+    from qtool import recipe
+
+    if given.method and given.recipe:
+        raise RecipeError(f"--method {given.method} and --recipe {given.recipe} both say how to quantize; give one "
+                          "of them")
+    return recipe.load(given.recipe) if given.recipe else recipe.preset(given.method) if given.method else None
+
+
+def changes(given: Given) -> dict[str, Any]:
+    """Key of the recipe -> value, of the flags and then of --set."""
+    from qtool import recipe
+
+    told = {key: value for key, value in given.typed.values() if value is not None}
+    return told | dict(recipe.parse_setting(setting) for setting in given.settings)
+
+
+def to_recipe(given: Given) -> Recipe:
     """Method preset or recipe, then the flags, then --set."""
     from qtool import recipe
 
-    if method and name:
-        raise RecipeError(f"--method {method} and --recipe {name} both say how to quantize; give one of them")
-    made = recipe.load(name) if name else recipe.preset(method or "gptq")
+    typed, made = given.typed, named(given) or recipe.preset("gptq")
     for flag, (key, value) in typed.items():
         if value is not None:
             made = recipe.override(made, {key: value}, flag)
-    changes = dict(recipe.parse_setting(setting) for setting in settings)
-    made = recipe.override(made, changes) if changes else made
+    settings = dict(recipe.parse_setting(setting) for setting in given.settings)
+    made = recipe.override(made, settings) if settings else made
     meaningless = [flag for flag in ("--bits", "--group-size", "--symmetric", "--double-quant")
              if typed[flag][1] is not None and made.mixture]
     if meaningless:

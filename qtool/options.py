@@ -36,6 +36,10 @@ ExportOut = Annotated[Path | None, _option("Where to write; must not exist yet (
                                            "--out", "-o", metavar="DIR|FILE")]
 Device = Annotated[str, _option("Where to compute: auto, cpu, cuda or cuda:1 (auto).", metavar="NAME")]
 DryRun = Annotated[bool, _option("Show the plan (sizes, memory, time); write nothing.", "--dry-run")]
+Probe = Annotated[bool, _option("With --dry-run: solve one block first, in a temporary place.", "--probe")]
+Redo = Annotated[list[str] | None, _option(
+    "Redo only the linears of a finished --out that match, such as 'model.layers.20.*'; may be repeated. What is not "
+    "said is as it was there.", "--redo", metavar="PATTERN")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
 Method = Annotated[str | None, _recipe_option(
     "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, fp8, fp8-static, "

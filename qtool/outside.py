@@ -17,9 +17,7 @@ from qtool.methods import rtn
 from qtool.plan import Plan
 from qtool.recipe import Scheme
 from qtool.stages import LinearPlan
-from qtool.tensors import QuantizedTensor, all_finite
-
-CHUNK_ELEMENTS = 1 << 22  # at a time; bounds the float32 temporaries
+from qtool.tensors import CHUNK_ELEMENTS, QuantizedTensor, all_finite
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,14 @@ from qtool import (
     manifest,
     outputs,
     outside,
+    preflight,
     prepare,
     quality,
     rotate,
     sensitivity,
 )
 from qtool.checkpoint.reader import Checkpoint
+from qtool.decode import Source
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
 from qtool.models import blocks, calibration
@@ -69,7 +71,8 @@ class Progress(Protocol):
 def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = False) -> dict[str, Any]:
     """Quantize; returns the manifest. Raises what the plan could not foresee; then OUT.partial/ can be continued."""
     refuse_existing(plan.out)
-    prepare.refuse_full_disk(plan)
+    prepare.refuse_missing_device(plan)
+    preflight.refuse_too_small(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
     tokens = prepare.tokens_of(checkpoint, plan)
@@ -89,22 +92,7 @@ def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: ca
     """Everything once the schemes are known."""
     jobs = [Job(checkpoint, one, container.open_writer(one, work.folder, checkpoint.name), progress)
             for one in (plan, *plan.others)]
-    done = sum(1 for stage in plan.stages if stage.block is not None and stage.name in work.finished)
-    progress.start(plan.blocks, done)
-    stream = Stream.open(plan, checkpoint.read, tokens, work) if tokens is not None and plan.calibrated else None
-    for stage, weights in _read_ahead(jobs[0], work.finished):
-        began = time.monotonic()
-        layers, *more = _do_stage(jobs, stage, weights, stream)
-        heap.give_back()
-        for job in jobs:
-            job.writer.sync()
-        if stream is not None and stage.block is not None:
-            stream.save(stage.block + 1)
-        work.record(stage.name, {"layers": layers, **({"others": more} if more else {})})
-        if stream is not None and stage.block is not None:
-            stream.forget(stage.block)
-        if stage.block is not None:
-            progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
+    solve_stages(jobs, tokens, work)
     progress.message("naming and hashing the files")
     results = [_finish(job, place, work, jobs[0].plan) for place, job in enumerate(jobs)]
     made = results[0] if len(jobs) == 1 else outputs.together(
@@ -115,15 +103,42 @@ def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: ca
 
 @dataclass(frozen=True)
 class Job:
-    """What every step of one run needs."""
+    """What every step of one run needs.
+
+    finished, original: where some linears are done, what holds their codes, and the unquantized model.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     writer: container.Writer
     progress: Progress
+    finished: Source | None = None
+    original: Checkpoint | None = None
 
 
-def _do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
+def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | None, work: Workspace) -> None:
+    """Do and record every stage of the plans that the journal does not have."""
+    plan, progress = jobs[0].plan, jobs[0].progress
+    progress.start(plan.blocks, sum(stage.name in work.finished for stage in plan.stages if stage.block is not None))
+    stream = None
+    if tokens is not None and plan.calibrated:
+        stream = Stream.open(plan, jobs[0].checkpoint.read, tokens, work)
+    for stage, weights in read_ahead(jobs[0], work.finished):
+        began = time.monotonic()
+        layers, *more = do_stage(jobs, stage, weights, stream)
+        heap.give_back()
+        for job in jobs:
+            job.writer.sync()
+        if stream is not None and stage.block is not None:
+            stream.save(stage.block + 1)
+        work.record(stage.name, {"layers": layers, **({"others": more} if more else {})})
+        if stream is not None and stage.block is not None:
+            stream.forget(stage.block)
+        if stage.block is not None:
+            progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
+
+
+def do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
               stream: Stream | None) -> list[list[dict[str, Any]]]:
     """What the manifest tells of its linears, for each output."""
     if stage.block is not None and stream is not None:
@@ -133,7 +148,7 @@ def _do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
         own = job.plan.stage_like(stage)
         for name in own.copied:
             _copy(job, name, weights)
-        records.append([record for group in one_scale(own.linears)
+        records.append([record for group in one_scale(own.todo)
                         for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
                        + [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in own.outside])
     return records
@@ -147,19 +162,22 @@ def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
     for name, weight in weights.items():
         _refuse_non_finite(name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
-    notes, listed = rescale(plan, stage, block, stream, weights), outlier_notes(plan, stage, block, stream)
+    notes = {} if stage.done else rescale(plan, stage, block, stream, weights)
+    listed = outlier_notes(plan, stage, block, stream) if stage.todo else {}
     for one in jobs:
         for name in one.plan.stage_like(stage).copied:
             _copy(one, name, weights)
-    ranges = stream.ranges(block, stage)
+    ranges = stream.ranges(block, stage, _stored_scales(job, stage))
     if stage.attention is not None and ranges.kv is not None:
         for spec, scale in zip(plan.format.kv_scales(stage.attention), ranges.kv, strict=True):
             job.writer.write(spec.name, scale.reshape(spec.shape))
-    stream.begin(block, stage, ranges.inputs)
+    original = blocks.load_block(plan.skeleton, index, job.original.read, plan.device, plan.compute_dtype) \
+        if job.original is not None and stage.done and plan.float_stream else None
+    stream.begin(block, stage, ranges.inputs, original)
     into = None if plan.whole is not None and plan.whole.propagate else block  # what the stream goes on through
     records: list[list[dict[str, Any]]] = [[] for _ in jobs]
     for names, stats in _collected(plan, stage, stream):
-        own = {linear.name: _weight(job, linear, weights) for linear in stage.linears if linear.name in names}
+        own = {linear.name: _weight(job, linear, weights) for linear in stage.todo if linear.name in names}
         for place, group, figures in _together(jobs, stage, names, stats):
             originals = [own[linear.name].to(plan.device) for linear in group]
             records[place] += _solve(jobs[place], group, originals, figures, None if place else into, ranges.inputs)
@@ -171,10 +189,18 @@ def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
                    key=lambda record: order[record["name"]]) for some in records]
 
 
+def _stored_scales(job: Job, stage: Stage) -> dict[str, torch.Tensor]:
+    """The calibrated scales of the inputs of linears that are done, by name."""
+    done = [one for one in stage.linears if one.name in stage.done and one.scheme.activations == "tensor"]
+    if job.finished is None:
+        return {}
+    return {one.name: job.finished.read_quantized(one.stored).extra[INPUT_SCALE] for one in done}
+
+
 def _collected(plan: Plan, stage: Stage, stream: Stream) -> Iterator[tuple[list[str], CalibrationStats | None]]:
     """Linears that share statistics, by name; each must be solved before the next is asked for."""
     if not plan.solves_on_text:
-        yield from (([linear.name for linear in group], None) for group in one_scale(stage.linears))
+        yield from (([linear.name for linear in group], None) for group in one_scale(stage.todo))
         return
     for collected in stream.collect(stage):
         while collected:
@@ -188,7 +214,7 @@ def _together(jobs: Sequence[Job], stage: Stage, names: Sequence[str], stats: Ca
     """What is solved as one, for each output; the last may take out of the statistics what its steps have done with."""
     todo = []
     for place, job in enumerate(jobs):
-        linears = {linear.name: linear for linear in job.plan.stage_like(stage).linears}
+        linears = {linear.name: linear for linear in job.plan.stage_like(stage).todo}
         here = [linears[name] for name in names if name in linears]
         todo += [(place, group) for group in (one_scale(here) if stats is None else same_scheme(here))]
     for place, group in todo[:-1]:
@@ -285,7 +311,7 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
         raise NumericalError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged")
 
 
-def _read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dict[str, torch.Tensor]]]:
+def read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dict[str, torch.Tensor]]]:
     """Every unfinished stage with its weights; when calibrating, block i + 1 is read while block i is solved."""
     todo = [stage for stage in job.plan.stages if stage.name not in finished]
     if not job.plan.calibrated:
@@ -312,7 +338,7 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
     plan, folder = job.plan, job.writer.folder
     done = [work.finished[stage.name] for stage in plan.stages]
     layers = [record for stage in done for record in (stage["others"][place - 1] if place else stage["layers"])]
-    config = _config(job)
+    config = output_config(job.checkpoint.config, plan)
     found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs}, job.writer.read_back)
     if found_schemes and set(found_schemes) != {linear.stored for linear in plan.linears}:
         raise VerificationError(f"{folder}: a loader would find {len(found_schemes)} quantized linears in the "
@@ -340,9 +366,9 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
     return result
 
 
-def _config(job: Job) -> dict[str, Any]:
-    plan = job.plan
-    config = {key: value for key, value in job.checkpoint.config.items() if key != "quantization_config"}
+def output_config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """config.json of the output. source: the model's."""
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
     skipped = [name for name, _ in plan.kept]
     schemes = {linear.stored: linear.scheme for linear in plan.linears}
     steps = [next(iter(step)) for step in plan.recipe.steps]

@@ -39,7 +39,7 @@ AUTO_GROUPS = (128, 64, 32)
 
 @dataclass(frozen=True)
 class Plan:
-    """Frozen; sizes in bytes, `seconds` a rough estimate or None."""
+    """Frozen; sizes in bytes. memory, temporary: by purpose (estimate.py)."""
 
     origin: str
     out: Path
@@ -58,7 +58,7 @@ class Plan:
     warnings: tuple[str, ...]
     source_bytes: int
     memory: dict[str, int]
-    seconds: float | None
+    temporary: dict[str, int]
     gguf: GgufModel | None = None  # what a GGUF file says beside its tensors
     name: str = ""  # of several outputs
     others: tuple[Plan, ...] = ()  # solved on the same statistics (outputs.py)
@@ -116,11 +116,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Largest need while running: the output and, when calibrating, two generations of the stream and its files."""
-        streams = 2 * self.memory.get("stream", 0) * (2 if self.float_stream else 1) if self.calibrated else 0
-        running = streams + self.memory.get("kept_in_files", 0)
-        written = sum(one.weight_bytes for one in (self, *self.others))
-        return written + max(running, self.memory.get("search_files", 0))
+        """Largest need while running: the output, and what is removed again."""
+        return sum(one.weight_bytes for one in (self, *self.others)) + self.temporary["peak"]
 
     @property
     def peak_memory(self) -> int:
@@ -152,12 +149,16 @@ class Plan:
             "rotation": rotate.describe(self.rotated),
             "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
             "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
-            "peak_memory": self.peak_memory, "memory": self.memory, "seconds": self.seconds,
+            "temporary": self.temporary, "peak_memory": self.peak_memory, "memory": self.memory,
         }
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, device: str = "auto") -> Plan:
-    """Raises RecipeError, ModelError, CheckpointError or PlanError before anything has been written."""
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, device: str = "auto",
+              schemes: Mapping[str, Scheme] | None = None) -> Plan:
+    """schemes: of some linears, by name, in place of what the recipe says.
+
+    Raises RecipeError, ModelError, CheckpointError or PlanError before anything has been written.
+    """
     target = _device(device)
     format_ = found.load("formats", recipe.format)
     plan_gguf.refuse(recipe)
@@ -178,23 +179,28 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     if recipe.budget is not None:
         problem = budget.pose(recipe, format_, model_dtype, linears, layout.bytes_beside(linears))
         linears = _with_schemes(linears, problem.guess())
-    recipe, linears = _settle_groups(recipe, linears)
+    recipe, linears = _settle_groups(recipe, _with_schemes(linears, schemes or {}))
     _check([*linears, *outside], format_)
     stages = layout.stages(linears, outside)
     recipe = _settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
-    work = estimate.Work(skeleton, stages, recipe, target, model_dtype, compute_dtype, samples, calibrated,
-                         float_share(steps), rotated is not None, problem.most_candidates if problem else 0)
-    return Plan(
+    plan = Plan(
         origin=checkpoint.origin, out=out or _default_out(checkpoint, recipe), recipe=recipe, device=target,
         model_dtype=model_dtype, compute_dtype=compute_dtype, samples=samples,
         skeleton=skeleton, steps=steps, rotated=rotated, format=format_, layout=layout, stages=stages, kept=tuple(kept),
         warnings=tuple(_warnings(linears, format_)),
         source_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
-        memory=estimate.memory(work), seconds=estimate.seconds(work), problem=problem,
+        memory={}, temporary={}, problem=problem,
         gguf=plan_gguf.described(checkpoint, skeleton) if recipe.mixture else None,
     )
+    return replace(plan, memory=estimate.memory(work_of(plan)), temporary=estimate.temporary(work_of(plan)))
+
+
+def work_of(plan: Plan) -> estimate.Work:
+    """What the estimates look at."""
+    return estimate.Work(plan.skeleton, plan.stages, plan.recipe, plan.device, plan.model_dtype, plan.compute_dtype,
+                         plan.samples, plan.calibrated, plan.float_share, plan.rotated is not None)
 
 
 def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> bool:
@@ -236,11 +242,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise PlanError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:1")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
-                        "use --device cpu")
-    return device
+    return torch.device(name)
 
 
 def _step(entry: dict[str, dict[str, Any]]) -> tuple[ModuleType, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
 import qtool
-from qtool import formats, manifest, ops, outputs, workspace
+from qtool import duration, formats, manifest, ops, outputs, preflight, workspace
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import InputError, PlanError
 from qtool.models import calibration
@@ -34,12 +33,14 @@ def dry_run(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The plan as JSON, and what its output directory would meet (docs/json.md)."""
     state, differs = workspace.state(
         plan.out, lambda: identity_of(checkpoint, plan, tokens_of(checkpoint, plan)))
-    data = {**plan.to_json(), **outputs.described(plan), "output": {"state": state, "differs": differs}}
+    data = {**plan.to_json(), **preflight.described(plan, checkpoint.name), **outputs.described(plan),
+            "seconds": duration.seconds(plan), "probe": None, "output": {"state": state, "differs": differs}}
     notes = {"finished": f"{plan.out} exists: it holds what this run would make, and a run would refuse to write there",
              "other": f"{plan.out} exists: a run would refuse to write there",
              "unfinished": f"{plan.out}.partial exists: a run would "
                            + ("refuse it, as it is another run's" if differs else "go on with it")}
-    return {**data, "warnings": [*data["warnings"], *([notes[state]] if state in notes else [])]}
+    return {**data, "too_small": preflight.shortfalls(plan),
+            "warnings": [*data["warnings"], *([notes[state]] if state in notes else [])]}
 
 
 def tokens_of(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationTokens | None:
@@ -63,12 +64,8 @@ def identity_of(checkpoint: Checkpoint, plan: Plan, tokens: calibration.Calibrat
     return manifest.identity(qtool.__version__, source, recipe.model_dump(mode="json"), used, versions)
 
 
-def refuse_full_disk(plan: Plan) -> None:
-    """Raise PlanError where the run would not fit beside what lies there."""
-    parent = next(folder for folder in (plan.out.absolute().parent, *plan.out.absolute().parents) if folder.exists())
-    partial = plan.out.with_name(plan.out.name + ".partial")
-    there = sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.is_dir() else 0
-    free = shutil.disk_usage(parent).free + there
-    if free < plan.disk_bytes:
-        raise PlanError(f"{parent} has {free / 1e9:.1f} GB free and this run needs {plan.disk_bytes / 1e9:.1f} GB; "
-                        "choose an --out on another disk")
+def refuse_missing_device(plan: Plan) -> None:
+    """Raise PlanError for a GPU that is not here; one may plan for it."""
+    if plan.device.type == "cuda" and (plan.device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device {plan.device} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
+                        "use --device cpu")

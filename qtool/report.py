@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qtool.recipe import scheme_label
 from qtool.units import millions, percent, size, span
 
 OUTLIERS_SHOWN = 5  # of each linear; JSON has all that the manifest lists
@@ -43,78 +41,15 @@ def stacked(parts: Sequence[RenderableType]) -> RenderableType:
     return Group(*[piece for part in parts for piece in (part, Text(""))][:-1])
 
 
-def plan(data: Mapping[str, Any]) -> RenderableType:
-    """A plan (Plan.to_json), as --dry-run shows it."""
-    rows: list[tuple[str, str | Text]] = [("from", data["source"]), ("to", data["out"])]
-    recipe = data["recipe"]
-    method = " + ".join(next(iter(step)) for step in recipe["steps"])
-    if data["samples"]:
-        length = recipe["calibration"]["sequence_length"]
-        method += f", calibrated on {data['samples']} × {length} tokens of {recipe['calibration']['source']}"
-    rows.append(("method", method))
-    rows += _rotated(data["rotation"])
-    if data["recipe"]["kv_cache"]:
-        rows.append(("kv cache", f"{data['recipe']['kv_cache']}, scales for keys and values of every attention"))
-    rows += [("quantized" if not index else "", line) for index, line in enumerate(_schemes(data["linears"]))]
-    for one in (data.get("outputs") or [])[1:]:
-        rows.append(("", f"{one['name']}: the same to {', '.join(one['schemes'])} ({one['format']}), "
-                         f"{one['bits_per_weight']:.4g} bits"))
-    if data["budget"]:
-        rows += [("budget" if not index else "", line) for index, line in enumerate(_budget(data))]
-    rows += [("kept" if not index else "", line) for index, line in enumerate(_kept(data["kept"]))]
-    rows.append(("size", f"{size(data['source_bytes'])} → {size(data['weight_bytes'])} "
-                         f"({percent(data['weight_bytes'] / max(data['source_bytes'], 1))})"
-                         f"{_bits(data['bits_per_weight'])}"))
-    rows.append(("memory", f"{size(data['peak_memory'])} at most"))
-    rows.append(("disk", size(data["disk_bytes"])))
-    rows.append(("device", f"{data['device']}, computing in {data['compute_dtype']}"))
-    if data["seconds"] is not None:
-        rows.append(("time", f"about {span(data['seconds'])}"))
-    rows += [("note", Text(text, style="yellow")) for text in data["warnings"]]
-    return facts("Plan", rows)
-
-
-def _budget(data: Mapping[str, Any]) -> list[str]:
-    budget, wanted = data["budget"], data["recipe"]["budget"]
-    asked = f"{wanted['bits']:g} bits per quantized weight" if wanted["bits"] else f"{size(wanted['size'])} in all"
-    least, most = (f"{budget[key]:.4g}" for key in ("least_bits", "most_bits"))
-    return [f"at most {asked}, scales included; {least} to {most} bits are possible",
-            f"with {', '.join(budget['schemes'])}",
-            f"chosen while running, by their expected loss on {budget['samples']} calibration sequences"]
-
-
-def _schemes(linears: Sequence[Mapping[str, Any]]) -> list[str]:
-    found: dict[str, list[int]] = {}
-    for one in linears:
-        label = scheme_label(one["scheme"]) if one["scheme"] else "schemes still to be chosen"
-        found.setdefault(label, []).append(one["shape"][0] * one["shape"][1])
-    blocks = len({one["block"] for one in linears})
-    return [f"{len(weights)} linears to {name}, {millions(sum(weights))} weights"
-            + (f", in {blocks} blocks" if len(found) == 1 else "") for name, weights in found.items()]
-
-
-def _kept(kept: Sequence[Mapping[str, str]]) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for one in kept:
-        reasons.setdefault(one["reason"], []).append(one["name"])
-    return [f"{_some(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _some(names: Sequence[str]) -> str:
-    patterns = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-    shown = ", ".join(patterns[:3]) + (", ..." if len(patterns) > 3 else "")
-    return shown if len(names) == len(patterns) else f"{shown} ({len(names)} linears)"
-
-
-def quantized(manifest: Mapping[str, Any], out: str, seconds: float) -> RenderableType:
-    """The end of a run."""
+def quantized(manifest: Mapping[str, Any], out: str, seconds: float, redone: int = 0) -> RenderableType:
+    """The end of a run, or of a redo of so many linears."""
     totals = manifest["totals"]
     rows: list[tuple[str, str | Text]] = [
         ("to", Text(out, style="bold green")),
         ("size", f"{size(totals['source_bytes'])} → {size(totals['weight_bytes'])} "
                  f"({percent(totals['weight_bytes'] / max(totals['source_bytes'], 1))})"
-                 f"{_bits(totals['bits_per_weight'])}"),
-        *_rotated(manifest["rotation"]),
+                 f"{bits(totals['bits_per_weight'])}"),
+        *rotated(manifest["rotation"]),
     ]
     rows += _allocated(manifest.get("allocation"))
     kind, errors = errors_of(manifest["layers"])
@@ -127,15 +62,16 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float) -> Renderab
             rows.append(("note", Text(f"{len(names)} linears {text}: {', '.join(names[:3])}"
                                       f"{' ...' if len(names) > 3 else ''}", style="yellow")))
     rows.append(("time", span(seconds)))
-    done = f"Quantized {len(manifest['layers'])} linears" if manifest["layers"] else "Rotated, not quantized"
-    return facts(done, rows)
+    count = len(manifest["layers"])
+    done = f"Quantized {count} linears" if count else "Rotated, not quantized"
+    return facts(f"Redid {redone} of {count} linears" if redone else done, rows)
 
 
-def _bits(bits: float | None) -> str:
+def bits(bits: float | None) -> str:
     return f", {bits:.4g} bits per quantized weight" if bits else ""
 
 
-def _rotated(rotation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def rotated(rotation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What the rotate step does."""
     if not rotation:
         return []

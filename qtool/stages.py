@@ -30,7 +30,10 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is done and recorded as one: the tensors before the blocks, each block, the tensors after them."""
+    """What is done and recorded as one: the tensors before the blocks, each block, the tensors after them.
+
+    done: the linears, by name, whose codes are in the checkpoint already (redo.py); they are run, not solved.
+    """
 
     name: str
     block: int | None
@@ -39,6 +42,11 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
     attention: str | None = None  # the module, by its stored name, whose keys and values get scales
     outside: tuple[LinearPlan, ...] = ()  # embeddings and head, where a format holds them quantized; without text
+    done: frozenset[str] = frozenset()
+
+    @property
+    def todo(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for linear in self.linears if linear.name not in self.done)
 
 
 @dataclass(frozen=True)

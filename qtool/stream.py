@@ -81,14 +81,17 @@ class Stream:
         """The batches that are not held out."""
         return [batch for batch in self.batches if batch.start not in self.held_out]
 
-    def ranges(self, block: torch.nn.Module, stage: Stage) -> Ranges:
-        """The scales of activations that the recipe wants calibrated, from the fitting samples."""
+    def ranges(self, block: torch.nn.Module, stage: Stage, known: Mapping[str, torch.Tensor]) -> Ranges:
+        """The scales of activations that the recipe wants calibrated, from the fitting samples.
+
+        known: those of linears that are done.
+        """
         index, plan = stage.block or 0, self.plan
         cached = None
         if stage.attention is not None:
             cached = kv.scales(block, plan.skeleton.blocks[index], self.arguments, index, self.stores[0], self.fitting,
                                plan.device, plan.compute_dtype)
-        return Ranges(self._static(block, stage), cached)
+        return Ranges({**(self._static(block, stage) if stage.todo else {}), **known}, cached)
 
     def _static(self, block: torch.nn.Module, stage: Stage) -> dict[str, torch.Tensor]:
         """Experts of one kind share the scale of the largest inputs, as engines have it."""
@@ -133,22 +136,30 @@ class Stream:
             self._folds[make] = folds.find_folds(block, wanted, lambda: self._glance(block, stage.block or 0))
         return self._folds[make]
 
-    def begin(self, block: torch.nn.Module, stage: Stage, static: Mapping[str, torch.Tensor]) -> None:
-        """Take up a block. static: calibrated scales [1] of inputs, by the names of their linears."""
+    def begin(self, block: torch.nn.Module, stage: Stage, static: Mapping[str, torch.Tensor],
+              original: torch.nn.Module | None = None) -> None:
+        """Take up a block. static: calibrated scales [1] of inputs, by the names of their linears.
+
+        original: with the unquantized weights, where the block has not got them.
+        """
         index, names = stage.block or 0, [linear.name for linear in stage.linears]
         parts = self._find_parts(block, index, names) if self.plan.solves_on_text else ()
         self._tracks = [self._track(block, "quantized")]
         if self.plan.float_stream:
-            self._tracks.append(self._track(copy.deepcopy(block), "float"))
+            self._tracks.append(self._track(original or copy.deepcopy(block), "float"))
         prefix = self.plan.skeleton.blocks[index] + "."
         inputs.round_inputs(block, {one.name.removeprefix(prefix): one.scheme for one in stage.linears},
                             lambda path: static[prefix + path].to(self.plan.device))
         self._staged = StagedBlock(self._tracks, self.plan.skeleton.blocks[index], parts, self.batches)
 
     def collect(self, stage: Stage) -> Iterator[Collected]:
-        """Statistics of the linears of a stage, in items that must be solved one after the other."""
-        yield from self._staged.collect([linear.name for linear in stage.linears],
-                                        lambda some, batches: self._collect(stage.block or 0, some, batches))
+        """Statistics of the linears of a stage, in items that must be solved one after the other; those of linears that
+        are done all the way are not measured."""
+        def collect(names: Sequence[str], batches: Iterable[slice]) -> Collected:
+            return self._pass(stage.block or 0, names, batches) if stage.done.issuperset(names) \
+                else self._collect(stage.block or 0, names, batches)
+
+        yield from self._staged.collect([linear.name for linear in stage.linears], collect)
 
     def propagate(self, index: int) -> None:
         """Run the block, its linears replaced by what was solved, and put its output in the stream's place."""
@@ -171,6 +182,16 @@ class Stream:
         return statistics.collect(self._tracks[0].block, prefix, names, self.arguments, index, self.stores[0], batches,
                                   self.held_out, plan.device, plan.compute_dtype,
                                   floats if plan.float_stream else None)
+
+    def _pass(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
+        """Run the block on all tracks until these linears have their inputs, for what its parts keep."""
+        plan = self.plan
+        for batch in batches:
+            for track, store in zip(self._tracks, self.stores, strict=True):
+                if track.new_store is not None and (store is self.stores[0] or batch.start in self.paired):
+                    statistics.inputs_of(track.block, plan.skeleton.blocks[index], names, self.arguments, index, store,
+                                         batch, plan.device, plan.compute_dtype)
+        return {}
 
     def _batches_of(self, store: StreamStore) -> list[slice]:
         return self.batches if store is self.stores[0] else [one for one in self.batches if one.start in self.paired]

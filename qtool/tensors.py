@@ -113,6 +113,7 @@ class QuantizedTensor:
                        parts={name: part.to(device) for name, part in self.parts.items()})
 
 
+CHUNK_ELEMENTS = 1 << 22  # of what lies outside of the blocks, at a time; bounds the float32 temporaries
 INPUT_SCALE = "input_scale"  # in extra: the one scale of a linear's inputs, where that is calibrated, [1]
 NO_CODES = torch.empty(0, 0, dtype=torch.uint8)  # of a grid that has been fitted, before codes are chosen
 

@@ -187,6 +187,13 @@ def layout(specs: Iterable[TensorSpec], model: GgufModel,
     return list(made.values())
 
 
+def file_bytes(specs: Iterable[TensorSpec], model: GgufModel, types: Mapping[str, GGMLQuantizationType],
+               file_type: gguf.LlamaFileType) -> int:
+    """The size of the file that a GgufWriter would write."""
+    stored = layout(specs, model, types)
+    return _place(stored, len(header_bytes(model, stored, file_type)))
+
+
 def header_bytes(model: GgufModel, tensors: Sequence[Stored], file_type: gguf.LlamaFileType) -> bytes:
     """Everything before the data, padded."""
     with tempfile.TemporaryDirectory(prefix="qtool-gguf-") as folder:  # the package writes to files only

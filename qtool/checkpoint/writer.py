@@ -46,12 +46,12 @@ def plan_shards(specs: Iterable[TensorSpec], limit_bytes: int) -> list[Shard]:
         groups[-1].append(spec)
         used += spec.nbytes
     if len(groups) == 1:
-        return [Shard("model.safetensors", _aligned(groups[0]))]
-    return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", _aligned(group))
+        return [Shard("model.safetensors", aligned(groups[0]))]
+    return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", aligned(group))
             for number, group in enumerate(groups, 1)]
 
 
-def _aligned(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
+def aligned(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
     """As given if every tensor then begins at a multiple of its element size, else the widest elements first."""
     offset = 0
     for spec in specs:
@@ -121,7 +121,8 @@ class ShardWriter:
             for file in self._files.values():
                 file.rename()
             if len(self.shards) > 1:
-                self._write_index()
+                write_index(self.folder, {name: (spec.nbytes, shard.file_name)
+                                          for name, (spec, shard, _) in self._places.items()})
             sync_folder(self.folder)
         except OSError as error:
             raise storage_error(error, self.folder, 0, "the names of the finished files", SMALLER) from None
@@ -148,15 +149,17 @@ class ShardWriter:
         return sum(spec.nbytes for shard in self.shards if not has_room(self.folder / shard.file_name)
                    for spec in shard.specs)
 
-    def _write_index(self) -> None:
-        index = {"metadata": {"total_size": sum(spec.nbytes for spec, _, _ in self._places.values())},
-                 "weight_map": {name: shard.file_name for name, (_, shard, _) in sorted(self._places.items())}}
-        part = self.folder / (INDEX + PART)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(self.folder / INDEX)
+
+def write_index(folder: Path, tensors: Mapping[str, tuple[int, str]]) -> None:
+    """The index of several files, durable before it has its name. tensors: name -> (bytes, file name)."""
+    index = {"metadata": {"total_size": sum(size for size, _ in tensors.values())},
+             "weight_map": {name: file for name, (_, file) in sorted(tensors.items())}}
+    part = folder / (INDEX + PART)
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(folder / INDEX)
 
 
 def check_planned(spec: TensorSpec, tensor: torch.Tensor) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import qtool
-from qtool import ops
+from qtool import estimate, ops
 from qtool.inspect.files import SCHEMA
 
 
 def system() -> dict[str, Any]:
     """What of this machine matters for speed."""
-    memory = _meminfo()
+    memory = estimate.meminfo()
     devices = [{"name": f"cuda:{index} {torch.cuda.get_device_name(index)}",
                 "memory": torch.cuda.get_device_properties(index).total_memory}
                for index in range(torch.cuda.device_count())]
@@ -28,13 +27,3 @@ def system() -> dict[str, Any]:
         "ops": ops.backend(), "cores": len(os.sched_getaffinity(0)), "cpu": torch.backends.cpu.get_cpu_capability(),
         "memory": memory.get("MemTotal", 0), "memory_free": memory.get("MemAvailable", 0), "devices": devices,
     }
-
-
-def _meminfo() -> dict[str, int]:
-    """Bytes by name, where the system tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":") for line in lines if ":" in line)
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}

@@ -1,0 +1,150 @@
+"""How long a run will take, before it starts: from its arithmetic and the speed of one small trial on this machine.
+
+Rough, within a factor of two or so: what a block really takes is for `--probe` to find out (probe.py), which scales its
+figures by the same counts of work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import torch
+
+from qtool import found
+from qtool.budget import MEASURED
+from qtool.layer import Layer
+from qtool.methods import rtn
+from qtool.outside import rounded
+from qtool.plan import Plan
+from qtool.stages import LinearPlan, Stage
+
+TRIAL_ELEMENTS = 1 << 20  # elements of the matrix that a data-free recipe is tried on
+DISK_RATE = 5e8  # bytes read and written again in a second, of a usual NVMe disk
+HASHERS = 2  # files of the source that are hashed at a time
+SHARD_BYTES = 5_000_000_000  # of a usual source; a smaller one is one file
+EFFICIENCY = 0.8  # of a run, against the rate of one large product
+
+
+def seconds(plan: Plan) -> float | None:
+    """Of the whole run; None on a device that is not here."""
+    if plan.device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    took = searching(plan) if plan.problem else 0.0
+    if plan.calibrated:
+        took += sum(work(plan, stage) for stage in plan.stages) / _rate(plan.device, plan.compute_dtype)
+    if not plan.solves_on_text:
+        took += sum(_rounding(one) for one in (plan, *plan.others))
+    outside = sum(outside_seconds(one, linear, _random(linear)) for one in (plan, *plan.others)
+                  for linear in one.outside)
+    return took + outside + hashing(plan, hash_rate()) + moving(plan, DISK_RATE)
+
+
+def work(plan: Plan, stage: Stage) -> float:
+    """What its linears take: floating-point operations of a calibrated run, elements to round of another.
+
+    The outputs of a run with several share all but the solving.
+    """
+    if not plan.calibrated:
+        return float(sum(one.shape[0] * one.shape[1] for one in stage.linears))
+    passes = (1 if plan.device.type == "cpu" else 2) * (1 + plan.float_share)
+    tokens = plan.samples * plan.recipe.calibration.sequence_length
+    flops = 2.0 * passes * tokens * sum(rows * columns for rows, columns in _shapes(stage))
+    flops += sum(columns**2 for columns in {columns for _, columns in _shapes(stage)}) * tokens \
+        * (1 + 2 * plan.float_share)
+    products = sum(rows * columns**2 for rows, columns in _shapes(stage))  # N K², to solve
+    return flops + (20 if plan.float_share else 12) * products * (1 + len(plan.others))
+
+
+def searching(plan: Plan, rate: float = 0.0) -> float:
+    """Seconds that the search of a budget takes. rate: operations a second, where that has been measured."""
+    return search_flops(plan) / (rate or _rate(plan.device, plan.compute_dtype))
+
+
+def search_flops(plan: Plan) -> float:
+    """Of a budget, else 0. Two passes forward and H; on what is measured one more, one backward, the head and one
+    product per candidate; and of every candidate a factor and a solve."""
+    if plan.problem is None:
+        return 0.0
+    tokens = plan.recipe.search_samples * plan.recipe.calibration.sequence_length
+    shapes = [shape for stage in plan.stages for shape in _shapes(stage)]
+    weights, head = sum(rows * columns for rows, columns in shapes), plan.skeleton.vocabulary * plan.skeleton.hidden
+    shared = {(linear.block, linear.shape[1]) for linear in plan.linears}
+    candidates = plan.problem.most_candidates
+    flops = tokens * (4.0 * weights + sum(columns**2 for _, columns in shared))
+    flops += 2.0 * tokens * MEASURED * ((2 + candidates) * weights + 2 * head)
+    if plan.calibrated:
+        flops += candidates * 6.0 * sum(rows * columns**2 for rows, columns in shapes)
+    return flops
+
+
+def hashing(plan: Plan, rate: float) -> float:
+    """Seconds to hash the source and the output, at `rate` bytes a second."""
+    sources = plan.source_bytes / (rate * min(HASHERS, 1 + plan.source_bytes // SHARD_BYTES))
+    return sources + sum(one.weight_bytes for one in (plan, *plan.others)) / rate
+
+
+def moving(plan: Plan, rate: float) -> float:
+    """Seconds to copy what lies outside of the blocks, at `rate` bytes a second."""
+    return sum(spec.nbytes for stage in plan.stages if stage.block is None for spec in stage.outputs) / rate
+
+
+def hash_rate() -> float:
+    """Bytes of memory whose sha256 one thread finds in a second."""
+    data, start = bytes(32 << 20), time.perf_counter()
+    hashlib.sha256(data)
+    return len(data) / (time.perf_counter() - start)
+
+
+def _shapes(stage: Stage) -> list[tuple[int, int]]:
+    return [linear.shape for linear in stage.linears]
+
+
+def _rounding(plan: Plan) -> float:
+    """Of all linears of the blocks with the recipe's steps, from random weights of the first."""
+    if not plan.linears:
+        return 0.0
+    elements = sum(one.shape[0] * one.shape[1] for one in plan.linears)
+    linear = plan.linears[0]
+    weight = _random(linear)
+    shape = (len(weight), weight.shape[1])
+    layer = Layer(linear.name, weight, weight, linear.scheme, plan.format.scale_dtype(plan.model_dtype))
+    start = time.perf_counter()
+    for step, options in plan.steps:
+        if not step.CALIBRATED:
+            layer = step.run(layer, options)
+    if layer.quantized is None:
+        return 0.0
+    packed = plan.format.pack(linear.stored, layer.quantized, plan.model_dtype)
+    again = plan.format.unpack(linear.stored, packed.__getitem__, linear.scheme, shape)
+    for quantized in (layer.quantized, again):
+        found.load("grids", linear.scheme.grid).decode(quantized)
+    return (time.perf_counter() - start) * elements / weight.numel()
+
+
+def outside_seconds(plan: Plan, linear: LinearPlan, weight: torch.Tensor) -> float:
+    """Seconds for an embedding or head, from some of its rows, `weight` [n, K]."""
+    start = time.perf_counter()
+    for chunk in rounded(plan.format, linear.stored, (len(weight), linear.shape[1]), linear.scheme, plan.model_dtype,
+                         lambda first, last: weight[first:last], rtn.Options()):
+        found.load("grids", linear.scheme.grid).decode(chunk.quantized)
+    return (time.perf_counter() - start) * linear.shape[0] / len(weight)
+
+
+def _random(linear: LinearPlan) -> torch.Tensor:
+    rows, columns = linear.shape
+    generator = torch.Generator().manual_seed(0)
+    some = -(-min(rows, max(1, TRIAL_ELEMENTS // columns)) // 128) * 128  # whole blocks of those grids that share rows
+    return torch.randn(some, columns, generator=generator) * 0.02
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a run, from those of a matrix product."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    left @ left
+    start = time.perf_counter()
+    for _ in range(3):
+        product = left @ left
+    float(product[0, 0])
+    return EFFICIENCY * 3 * 2 * size**3 / (time.perf_counter() - start)

@@ -1,0 +1,152 @@
+"""Whether this machine is large enough for a plan, and what to change where it is not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import container, estimate
+from qtool.errors import PlanError
+from qtool.plan import Plan, work_of
+from qtool.units import size
+
+SPARE_SAMPLES = 16  # fewer are no remedy
+LEAST_BATCH = 256  # tokens; smaller batches are no remedy
+CGROUP = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+          ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+
+
+def described(plan: Plan, name: str) -> dict[str, Any]:
+    """What the JSON of a plan tells of its needs and of the machine (docs/json.md). name: of the checkpoint."""
+    files = {(f"{one.name}/{file}" if one.name else file): count for one in (plan, *plan.others)
+             for file, count in container.files(one, name).items()}
+    return {"files": files, "gpu_memory": plan.memory.get("gpu"), "machine": machine(plan)}
+
+
+def machine(plan: Plan) -> dict[str, Any]:
+    """Bytes that this run could have: memory, that of the GPU (None: there is none), disk where the output goes."""
+    gpu = None
+    if plan.device.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.mem_get_info(plan.device)[0]
+    return {"memory": available_memory(), "gpu_memory": gpu, "disk": free_disk(plan.out)}
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may come to hold: what it has and what is free, within the limit of its container."""
+    known = estimate.meminfo()
+    if "MemAvailable" not in known:
+        return None
+    return estimate.resident() + min(known["MemAvailable"], *_cgroup_room(), known["MemAvailable"])
+
+
+def _cgroup_room() -> Iterator[int]:
+    for limit, usage in CGROUP:
+        try:
+            texts = [Path(path).read_text(encoding="ascii").strip() for path in (limit, usage)]
+        except (OSError, UnicodeDecodeError):
+            continue
+        if all(text.isdigit() for text in texts):
+            yield max(int(texts[0]) - int(texts[1]), 0)
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free where the output goes, with what an unfinished run of it has there already."""
+    partial = out.with_name(out.name + ".partial")
+    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
+    return shutil.disk_usage(standing(out)).free + there
+
+
+def standing(out: Path) -> Path:
+    """The nearest folder above the output that exists."""
+    return next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.exists())
+
+
+def shortfalls(plan: Plan, measured: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What does not fit: `what`, bytes `needed` and `available`, and `remedies`, each of which is enough by itself.
+
+    measured: peak_memory and gpu_memory of a probe, in place of the estimate's.
+    """
+    has = machine(plan)
+    needs = {what: _needed(plan, what) for what in ("memory", "gpu_memory", "disk")}
+    if measured is not None:
+        needs |= {"memory": measured["peak_memory"], "gpu_memory": measured["gpu_memory"] or 0}
+    return [{"what": what, "needed": needs[what], "available": has[what], "remedies": _remedies(plan, what, has[what])}
+            for what in needs if has[what] is not None and needs[what] > has[what]]
+
+
+def message(plan: Plan, short: list[dict[str, Any]]) -> str:
+    """The sentences for what does not fit."""
+    names = {"memory": "memory", "gpu_memory": f"memory of {plan.device}",
+             "disk": f"disk in {standing(plan.out)}"}
+    return "\n".join(f"this machine is too small: the run needs {size(one['needed'])} of {names[one['what']]}, and "
+                     f"{size(one['available'])} are free; {'; or '.join(one['remedies'])}" for one in short)
+
+
+def refuse_too_small(plan: Plan) -> None:
+    """Raise PlanError where the disk has too little room for the run, or the machine can never have the memory."""
+    known = estimate.meminfo()
+    for one in shortfalls(plan):
+        if one["what"] != "memory" or one["needed"] > known.get("MemTotal", one["needed"]) + known.get("SwapTotal", 0):
+            raise PlanError(message(plan, [one]))
+
+
+def notes(plan: Plan) -> list[str]:
+    """A run is not refused for memory that others hold now; it is said."""
+    return [message(plan, [one]).replace("this machine is too small: ", "memory is short: ")
+            for one in shortfalls(plan) if one["what"] == "memory"]
+
+
+def _remedies(plan: Plan, what: str, available: int) -> list[str]:
+    """Changes to the command that make it fit, as the estimate has it; else how far they go and what remains."""
+    found = [text for text, changed in _changes(plan, what) if _needed(changed, what) <= available]
+    first = list({text.partition("=")[0]: text for text in reversed(found)}.values())[::-1]
+    if what == "disk":
+        return [*first, "choose an --out on another disk"]
+    if first:
+        return first
+    least = min((_needed(changed, what) for _, changed in _changes(plan, what)), default=_needed(plan, what))
+    other = [] if what == "memory" else ["--device cpu"]
+    if plan.calibrated:
+        other.append("a data-free method such as rtn")
+    return [*other, f"a larger machine: with smaller settings it still needs {size(least)}"]
+
+
+def _needed(plan: Plan, what: str) -> int:
+    return {"memory": plan.peak_memory, "gpu_memory": plan.memory.get("gpu", 0), "disk": plan.disk_bytes}[what]
+
+
+def _changes(plan: Plan, what: str) -> Iterator[tuple[str, Plan]]:
+    """Smaller settings, the largest of each kind first."""
+    if not plan.text_samples:
+        return
+    given = plan.recipe.calibration
+    if what == "memory" and plan.memory.get("stream"):
+        yield "--set memory_budget_gb=0.001", _with(plan, memory_budget_gb=0.001)
+    batch = (given.batch_tokens or 0) // 2
+    while what != "disk" and batch >= max(LEAST_BATCH, given.sequence_length):
+        yield f"--set calibration.batch_tokens={batch}", _with(plan, batch_tokens=batch)
+        batch //= 2
+    samples = plan.samples // 2
+    while samples >= SPARE_SAMPLES:
+        yield f"--set calibration.samples={samples}", _with(plan, samples=samples)
+        samples //= 2
+    if what != "disk" and batch >= LEAST_BATCH:
+        both = _with(plan, batch_tokens=LEAST_BATCH, memory_budget_gb=0.001)
+        yield f"--set memory_budget_gb=0.001 --set calibration.batch_tokens={LEAST_BATCH}", both
+
+
+def _with(plan: Plan, **settings: Any) -> Plan:
+    """The plan with other settings, estimated anew."""
+    top = {key: settings.pop(key) for key in ("memory_budget_gb",) if key in settings}
+    calibration = plan.recipe.calibration.model_copy(update=settings)
+    recipe = plan.recipe.model_copy(update={"calibration": calibration, **top})
+    changed = replace(plan, recipe=recipe, samples=calibration.samples or 0)
+    memory = estimate.memory(work_of(changed))
+    beyond = plan.peak_memory - estimate.memory(work_of(plan))["peak"]  # of several outputs
+    return replace(changed, memory={**memory, "peak": memory["peak"] + max(beyond, 0)},
+                   temporary=estimate.temporary(work_of(changed)))
