@@ -100,17 +100,21 @@ def inspect(
 
 @app.command("eval", epilog="Examples:\n\n"
                             "qtool eval ./Qwen3-8B-gptq-int4-g128 --against Qwen/Qwen3-8B --text wiki.test.txt\n\n"
-                            "qtool eval ./A ./B ./C --against MODEL --markdown > table.md")
+                            "qtool eval ./A ./B ./C --against MODEL --speed --memory-context 32768 --markdown\n\n"
+                            "qtool eval ./A --against MODEL --tasks arc_easy,hellaswag --limit 200")
 def evaluate(
     paths: o.Checkpoints, against: o.Reference = None, text: o.Corpus = "builtin", windows: o.Windows = 20,
     context: o.Context = 1024, stream: o.Stream = None, cache: o.CacheFolder = None, no_cache: o.NoCache = False,
-    device: o.Device = "auto", markdown: o.Markdown = False, json: o.Json = False, quiet: o.Quiet = False,
+    device: o.Device = "auto", memory_context: o.MemoryContext = None, memory_batch: o.MemoryBatch = None,
+    speed: o.Speed = False, tasks: o.Tasks = None, limit: o.Limit = None, task_files: o.TaskFiles = None,
+    markdown: o.Markdown = False, json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
     """Measure perplexity, and with --against how far the predictions moved; several PATHs side by side."""
     from qtool import evaluating
 
-    evaluating.run(evaluating.Asked(paths, against, text, windows, context, stream, cache, no_cache, device, markdown,
-                                    json, quiet))
+    evaluating.run(evaluating.Asked(paths, against, text, windows, context, stream, cache, no_cache, device,
+                                    memory_context, memory_batch, speed, tasks, limit, task_files, markdown, json,
+                                    quiet))
 
 
 @app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"

@@ -32,7 +32,7 @@ def console(stderr: bool = False) -> Console:
     """A rich console on today's sys.stdout or sys.stderr; [square brackets] in names are no markup."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
 
 
 def show(result: RenderableType) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ class Asked:
     cache: Path | None = None
     no_cache: bool = False
     device: str = "auto"
+    memory_context: int | None = None
+    memory_batch: int | None = None
+    speed: bool = False
+    tasks: str | None = None
+    limit: int | None = None
+    task_files: Path | None = None
     markdown: bool = False
     json: bool = False
     silent: bool = False
@@ -56,6 +62,14 @@ def refuse(asked: Asked) -> None:
         if path in seen:
             raise InputError(f"{path} is given twice; name each PATH once")
         seen.add(path)
+    if asked.memory_batch is not None and asked.memory_context is None:
+        raise InputError("--memory-batch goes with --memory-context")
+    if asked.tasks is None and (asked.limit is not None or asked.task_files is not None):
+        raise InputError("--limit and --task-files go with --tasks")
+    if asked.tasks is not None and not asked.tasks.replace(",", "").strip():
+        raise InputError("--tasks names no task; write them as in --tasks arc_easy,hellaswag")
+    if asked.stream and (asked.speed or asked.tasks):
+        raise InputError("--speed and --tasks run the whole model, which --stream keeps out of memory; leave it out")
     if asked.cache is not None and asked.no_cache:
         raise InputError("--cache and --no-cache exclude each other; choose one")
     if asked.against is None and (asked.cache is not None or asked.no_cache):
@@ -67,11 +81,19 @@ def evaluated(asked: Asked) -> dict[str, Any]:
     with console.working(f"reading {asked.paths[0]}", asked.quiet):
         from qtool import evaluate
         from qtool.decode import open_model
-        from qtool.evaluate import cache
+        from qtool.evaluate import beside, cache, tasks
 
         models = [open_model(path) for path in asked.paths]
         base = open_model(asked.against) if asked.against else None
+        wanted = beside.Wanted(asked.memory_context, asked.memory_batch or 1, asked.speed, None)
+        beside.refuse([*models, *([base] if base else [])], wanted)
+    if asked.tasks:
+        with console.working("fetching tasks", asked.quiet):
+            names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
+            wanted = replace(wanted, tasks=tasks.prepare(names, asked.task_files, asked.limit))
     kept_in = None if base is None or asked.no_cache else asked.cache or cache.FOLDER
     with console.steps("evaluating", asked.quiet) as step:
-        return evaluate.evaluate(models, base, asked.text, asked.windows, asked.context, asked.device, step,
-                                 asked.stream, kept_in)
+        result = evaluate.evaluate(models, base, asked.text, asked.windows, asked.context, asked.device, step,
+                                   asked.stream, kept_in)
+        beside.add(result, models, base, wanted, step)
+    return result

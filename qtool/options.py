@@ -108,6 +108,15 @@ Stream = Annotated[bool | None, _option("One block in memory at a time, or the w
 CacheFolder = Annotated[Path | None, _option("Where the original's part is kept for the next time "
                                              "(~/.cache/qtool/exits).", "--cache", metavar="DIR")]
 NoCache = Annotated[bool, _option("Keep nothing.", "--no-cache")]
+MemoryContext = Annotated[int | None, _option("Memory at inference with this many tokens in the cache of keys and "
+                                              "values.", "--memory-context", metavar="T")]
+MemoryBatch = Annotated[int | None, _option("With so many sequences of them (1).", "--memory-batch", metavar="N")]
+Speed = Annotated[bool, _option("Time a prompt and the generation after it.", "--speed")]
+Tasks = Annotated[str | None, _option("Accuracy on lm-eval's tasks, as in gsm8k,hellaswag,arc_easy,mmlu "
+                                      "(qtool\\[tasks]).", "--tasks", metavar="NAMES")]
+Limit = Annotated[int | None, _option("Only the first questions of each task.", "--limit", metavar="N")]
+TaskFiles = Annotated[Path | None, _option("A folder with tasks of your own as lm-eval's YAML files; paths in them "
+                                           "start there.", "--task-files", metavar="DIR")]
 Markdown = Annotated[bool, _option("Print the tables as Markdown.", "--markdown")]
 Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub "
                                 "dataset NAME:CONFIG:SPLIT:FIELD (builtin).", metavar="FILE|DATASET")]

@@ -54,7 +54,8 @@ def evaluate(models: Sequence[Source], against: Source | None = None, text: str 
             key, lambda: predictions.new_store(built[0], setting), run))
     return {
         "schema": SCHEMA,
-        "text": {"source": text, "windows": windows, "context": context, "predictions": windows * (context - 1),
+        "text": {"source": text if text == "builtin" else tokens.description["source"], "windows": windows,
+                 "context": context, "predictions": windows * (context - 1),
                  "sha256": tokens.sha256, "begins_with_bos": tokens.description.get("begins_with_bos", False)},
         "device": str(place), "compute_dtype": str(dtype).removeprefix("torch."),
         **_rows(models, against, built[-len(models):], base, setting, store.used),
@@ -68,18 +69,18 @@ def _rows(models: Sequence[Source], against: Source | None, built: Sequence[skel
     parameters = describe.parameters_of(against or models[0])
     rows, figures = [], measure.Figures()
     for source, bones in zip(models, built, strict=True):
-        streamed = predictions.streams(bones, setting)
+        streamed = predictions.streams(source, setting)
         figures = _run(predictions.logits(source, bones, setting, streamed), base, setting, source.name)
         rows.append({**describe.storage(source, parameters), **measure.perplexity(figures.nll),
                      **(measure.divergence(figures) if base else {}), "streamed": streamed})
         heap.give_back()
-    for source, row in zip(models, rows, strict=True):
+    reference = None if against is None else {
+        **describe.storage(against, parameters), **measure.perplexity(figures.base_nll), "from_cache": from_cache}
+    every = [*([reference] if reference else []), *rows]
+    describe.tell_apart(every)
+    for source, row in zip([*([against] if against else []), *models], every, strict=True):
         row["use_for"] = describe.use_for(source, row, rows)
-    if against is None:
-        return {"against": None, "models": rows}
-    reference = {**describe.storage(against, parameters), **measure.perplexity(figures.base_nll),
-                 "from_cache": from_cache}
-    return {"against": {**reference, "use_for": describe.use_for(against, reference, rows)}, "models": rows}
+    return {"against": reference, "models": rows}
 
 
 def _run(model: predictions.Logits, base: predictions.Logits | None, setting: predictions.Setting,

@@ -52,6 +52,14 @@ def parameters_of(source: Source) -> int:
     return sum(spec.elements for spec in source.specs.values())
 
 
+def tell_apart(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of one name, such as the same folder name in two places, get their path for it."""
+    names = [row["name"] for row in rows]
+    for row in rows:
+        if names.count(row["name"]) > 1:
+            row["name"] = row["path"]
+
+
 def label(schemes: Sequence[Mapping[str, Any]]) -> str:
     """The schemes with most weights: int4-g128, or q4_k + q6_k + 2 more; empty where there is none."""
     ordered = [one["scheme"] for one in sorted(schemes, key=lambda one: (-one["weights"], one["scheme"]))]

@@ -26,6 +26,7 @@ from qtool.models.whole import load_model, load_rounding_block
 Step = Callable[[int, int, str], None]
 Logits = Callable[[int], torch.Tensor]  # window -> [T - 1, vocabulary], what is predicted for tokens 2 .. T
 MEMORY = 2 << 30  # bytes of hidden states past which they go to a file
+LOGIT_BYTES = 4
 SPARE = 0.8  # of the free memory that a whole model may take; the rest is for what it computes
 
 
@@ -68,7 +69,7 @@ def reference(source: Source, bones: skeleton.Skeleton, setting: Setting,
     resident: list[nn.Module] = []
 
     def run() -> Exits | None:
-        if streams(bones, setting):
+        if streams(source, setting):
             return exits_by_block(source, bones, setting)
         resident.append(_load(source, skeleton.build(source.directory, source.config, source.specs), setting))
         return exits_of_whole(resident[0], bones, source.name, setting)
@@ -81,13 +82,18 @@ def reference(source: Source, bones: skeleton.Skeleton, setting: Setting,
     return after(bones, source, exits, setting)
 
 
-def streams(bones: skeleton.Skeleton, setting: Setting) -> bool:
+def streams(source: Source, setting: Setting) -> bool:
     """Whether the model is run block by block: as asked for, else where the whole of it would not fit."""
     if setting.stream is not None:
         return setting.stream
-    needed = sum(map(math.prod, bones.parameters.values())) * setting.dtype.itemsize
-    needed += setting.ids.shape[1] * bones.vocabulary * 4 * 2  # the logits of a window, of this model and a reference
-    return needed > SPARE * _free(setting.device)
+    return not fits(source, setting.device, setting.dtype, setting.ids.shape[1])
+
+
+def fits(source: Source, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the whole model has room on `device`, beside the logits of `tokens` tokens, of it and of a reference."""
+    weights = sum(math.prod(spec.shape) for spec in source.specs.values()) * dtype.itemsize
+    vocabulary = max((spec.shape[0] for spec in source.specs.values() if len(spec.shape) == 2), default=0)
+    return weights + tokens * vocabulary * 2 * LOGIT_BYTES <= SPARE * _free(device)
 
 
 def exits_by_block(source: Source, bones: skeleton.Skeleton, setting: Setting) -> Exits:

@@ -44,26 +44,30 @@ def scales(block: nn.Module, name: str, arguments: BlockArguments, index: int, s
 
 
 class _Rounding:
-    """Stands in for a cache that keeps E4M3: hands back what it would keep, scales [1] of keys and values."""
+    """Stands before a cache, or in the place of one: hands on what E4M3 keeps, with scales [1] of keys and values."""
 
-    def __init__(self, key_scale: torch.Tensor, value_scale: torch.Tensor) -> None:
-        self.scales = key_scale, value_scale
+    def __init__(self, key_scale: torch.Tensor, value_scale: torch.Tensor, cache: Any) -> None:
+        self.scales, self.cache = (key_scale, value_scale), cache
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         first, second = self.scales
-        return (to_fp8(keys / first) * first).to(keys.dtype), (to_fp8(values / second) * second).to(values.dtype)
+        kept = (to_fp8(keys / first) * first).to(keys.dtype), (to_fp8(values / second) * second).to(values.dtype)
+        return kept if self.cache is None else self.cache.update(*kept, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["cache"], name)
 
 
 def round_cache(model: nn.Module, scales: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """From now on these attention modules of `model`, by path, see their keys and values as a cache in FP8 has them.
 
-    For whole sequences at a time: nothing is kept from one call to the next.
+    Whether they are given a cache or not: without one, nothing is kept from one call to the next.
     """
     for path, (keys, values) in scales.items():
         device = next(model.get_submodule(path).parameters()).device
-        rounding = _Rounding(keys.float().to(device), values.float().to(device))
 
-        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], cache: _Rounding = rounding) -> Any:
-            return args, {**kwargs, "past_key_values": cache}
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], keys: torch.Tensor = keys.float().to(device),
+                 values: torch.Tensor = values.float().to(device)) -> Any:
+            return args, {**kwargs, "past_key_values": _Rounding(keys, values, kwargs.get("past_key_values"))}
 
         model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qtool import report_eval
 from qtool.cli import main
 from tests import tiny
 
@@ -56,6 +57,48 @@ def test_json_and_markdown_have_the_same_figures(made: Path, capsys: pytest.Capt
         assert row["use_for"] in line
     base = data["against"]
     assert base["of_fp16"] == 1.0 and base["scheme"] == "bfloat16" and base["use_for"].startswith("training")
+
+
+def test_memory_and_speed(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    eval_(made, "--memory-context", "128", "--memory-batch", "2", "--speed", "--json")
+    data = json.loads(capsys.readouterr().out)
+    for row in (data["against"], *data["models"]):
+        parts = [row["memory"][key] for key in ("weights", "kv_cache", "activations", "overhead")]
+        assert row["memory"]["total"] == sum(parts) and row["memory"]["batch"] == 2
+        assert row["memory"]["kv_cache"] == 2 * 128 * 2 * 2 * 32 * 2  # sequences, tokens, layers, k and v, width, bytes
+        assert row["speed"]["tokens_per_s"] > 0 and row["speed"]["first_token_s"] > 0
+    assert [row["memory"]["weights"] for row in data["models"]] == [row["weight_bytes"] for row in data["models"]]
+    titles, rows = report_eval.main_table(data)
+    places = [titles.index(one) for one in ("memory", "tokens/s", "prompt tokens/s", "first token")]
+    assert all(row[place] for row in rows for place in places)
+    assert "memory with 2 × 128 tokens" in report_eval.heading(data)
+
+
+def test_every_figure_is_there_on_any_terminal(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    eval_(made, "--memory-context", "128", "--json")
+    data = json.loads(capsys.readouterr().out)
+    for width in (60, 80, 110, 250):
+        target = Console(width=width)
+        with target.capture() as shown:
+            target.print(report_eval.evaluated(data))
+        text = shown.get()
+        assert "…" not in text and all(len(line) <= width for line in text.splitlines())
+        for row in data["models"]:
+            for figure in (row["kl"]["p999"], row["excess"]["mean"], row["kl"]["error"]):
+                assert f"{figure:.4f}" in text
+            assert f"{row['perplexity']:.3f}" in text and row["name"] in text
+
+
+def test_the_same_name_twice(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.copytree(made / "int8", tmp_path / "int3")
+    run("eval", str(made / "int3"), str(tmp_path / "int3"), "--windows", "1", "--context", "64", "--json")
+    data = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in data["models"]] == [str(made / "int3"), str(tmp_path / "int3")]
+    assert all(row["perplexity_interval"] is None for row in data["models"])  # of one window there is none
 
 
 def test_quiet(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
