@@ -190,7 +190,7 @@ class TerminalMap:
         """From the least to the most, where colours or shades are all there is."""
         steps = 24
         low, high = self.show(self.scale.low), self.show(self.scale.high)
-        line = Text(f"{low} ")
+        line = Text(f"≤ {low} " if self.scale.log else f"{low} ")
         for step in range(steps):
             at = step / (steps - 1)
             value = (self.scale.low * (self.scale.high / self.scale.low) ** at if self.scale.log

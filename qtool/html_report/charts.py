@@ -104,9 +104,9 @@ def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
     ends = [scale.low, scale.high] if scale.log else sorted({min(found), max(found)})
     chosen = list(ends)
     for value in found:
-        if scale.low < value < scale.high and all(
-                abs(scale.share(value) - scale.share(other)) >= LEAST_GAP * (1.6 if other == scale.low else 1)
-                for other in chosen):
+        gaps = {other: abs(scale.share(value) - scale.share(other)) for other in chosen}
+        beside_least = gaps[scale.low] / 1.6 if scale.log else 1.0  # its label is longer, by ≤
+        if scale.low < value < scale.high and min(*gaps.values(), beside_least) >= LEAST_GAP:
             chosen.append(value)
     return sorted(chosen)
 

@@ -17,7 +17,7 @@ MEANINGS = {
                        "held-out calibration text."),
     "weight_error": ("Error of the weights", "Squared error of the weights of each linear over their energy."),
 }
-NAMES = {"output_error": "output error, from the files", "relative_error": "output error",
+NAMES = {"output_error": "output error, measured", "relative_error": "output error",
          "weight_error": "weight error"}
 
 

@@ -44,7 +44,7 @@ def comparison(runs: Sequence[Run], charts: Charts) -> Element:
     key = common_error(runs)
     drawn = _scatter(runs, key, charts) if key else node(
         "p", "No kind of error is known of all of these checkpoints, so none is drawn.", class_="note")
-    return node("section", node("h2", "Error against size"), drawn, _table(runs))
+    return node("section", node("h2", "Error against size"), drawn, _table(runs, key))
 
 
 def _scatter(runs: Sequence[Run], key: str, charts: Charts) -> Piece:
@@ -66,8 +66,9 @@ def _scatter(runs: Sequence[Run], key: str, charts: Charts) -> Piece:
                                        f"worst one. {caption}"))
 
 
-def _table(runs: Sequence[Run]) -> Element:
-    keys = [key for key in ERRORS if any(spread(run.rows, key) for run in runs)]
+def _table(runs: Sequence[Run], shared: str | None) -> Element:
+    """With the error that all know, or else all that any knows."""
+    keys = [shared] if shared else [key for key in ERRORS if any(spread(run.rows, key) for run in runs)]
     lines: list[list[Piece]] = []
     for number, (run, name) in enumerate(zip(runs, names(runs), strict=True), 1):
         summary, original, made = run.summary, source_bytes(run), run.summary["made_by"]
