@@ -95,7 +95,7 @@ def test_experts_of_a_block_are_one_cell(gptq: Path) -> None:
     (["OUT", "--report", "."], "is a directory"),
     (["OUT", "OUT"], "several PATHs go with --report"),
     (["OUT", "OUT", "--layers", "--report", "r.html"], "several PATHs go with --report"),
-    (["--system", "--heatmap"], "--heatmap: give the PATH"),
+    (["--system", "--heatmap"], "--heatmap need the PATH"),
     (["MODEL", "--heatmap"], "--against"),
 ])
 def test_one_message_for_what_cannot_be(run: Run, model: Path, rtn: Path, words: list[str], message: str,
