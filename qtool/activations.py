@@ -22,9 +22,15 @@ def round_inputs(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None = 
     return _rounded(x, scheme, static if scheme.activations == "tensor" else None)
 
 
-def _rounded(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None) -> torch.Tensor:
+def input_codes(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of x [..., K], float32, and what they are multiplied with: [..., 1], or [1] where `static` is."""
     scale = x.abs().amax(-1, keepdim=True).float() / _top(scheme) if static is None else static.float()
-    return (_codes(x / torch.where(scale == 0, 1.0, scale), scheme) * scale).to(x.dtype)
+    return _codes(x / torch.where(scale == 0, 1.0, scale), scheme), scale
+
+
+def _rounded(x: torch.Tensor, scheme: Scheme, static: torch.Tensor | None) -> torch.Tensor:
+    codes, scale = input_codes(x, scheme, static)
+    return (codes * scale).to(x.dtype)
 
 
 def _codes(scaled: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def open_gguf(path: Path, work_dir: Path | None = None) -> Checkpoint:
         block_types={name: (part.tensor.kind.name.lower(), part.tensor.row_bytes * part.shape[0])
                      for name, part in parts.items()
                      if name.endswith(".weight") and len(part.shape) == 2 and part.tensor.kind not in DENSE},
+        fetch_blocks=lambda name: _fetch_blocks(path, parts[name]),
     )
 
 
@@ -124,27 +126,40 @@ def _decode(path: Path, part: Part, dtype: torch.dtype, first: int, rows: int) -
     tensor, columns = part.tensor, part.shape[-1]
     result = torch.empty((rows, columns), dtype=dtype)
     step = max(1, CHUNK_ELEMENTS // columns)
+    with _opened(path, tensor) as descriptor:
+        for begin in range(0, rows, step):
+            blocks = _rows(descriptor, tensor, first + begin, min(step, rows - begin))
+            with np.errstate(all="ignore"):  # a scale that is inf or NaN is the caller's to judge
+                values = torch.from_numpy(gguf.dequantize(blocks, tensor.kind))
+            result[begin:begin + len(values)] = values - part.offset if part.offset else values
+    return result
+
+
+def _fetch_blocks(path: Path, part: Part) -> torch.Tensor:
+    """The blocks of a matrix, uint8 [rows, bytes of a row], rows in the order of `_fetch`."""
+    with _opened(path, part.tensor) as descriptor:
+        blocks = torch.from_numpy(_rows(descriptor, part.tensor, part.start, part.shape[0]))
+    return _unpermute(blocks, part.heads) if part.heads else blocks
+
+
+@contextmanager
+def _opened(path: Path, tensor: GgufTensor) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for begin in range(0, rows, step):
-                count = min(step, rows - begin)
-                values = torch.from_numpy(_rows(descriptor, tensor, first + begin, count))
-                result[begin:begin + count] = values - part.offset if part.offset else values
+            yield descriptor
         finally:
             os.close(descriptor)
     except (OSError, EOFError) as error:
         raise CheckpointError(f"{path}: tensor '{tensor.name}' cannot be read: {error}; {AGAIN}") from None
-    return result
 
 
 def _rows(descriptor: int, tensor: GgufTensor, first: int, count: int) -> np.ndarray:
-    """float32 [count, K]"""
+    """The blocks of some rows, uint8 [count, bytes of a row]."""
     blocks = np.empty((count, tensor.row_bytes), np.uint8)
     if not read_into(descriptor, blocks.reshape(-1).data, tensor.offset + first * tensor.row_bytes):
         raise EOFError("the file became shorter")
-    with np.errstate(all="ignore"):  # a scale that is inf or NaN is the caller's to judge
-        return gguf.dequantize(blocks, tensor.kind)
+    return blocks
 
 
 def _unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Checkpoint:
     kind: safetensors, hub or gguf.  config: config.json.  directory: a local folder with config and tokenizer.
     specs: every tensor, sorted by name, with the shape and dtype in which `read` returns it.
     block_types: of a GGUF file, weight -> (its type such as q4_k, bytes), where it is quantized.
+    fetch_blocks: of a GGUF file, its blocks as they are stored: uint8 [rows, bytes of a row].
     """
 
     origin: str
@@ -52,6 +53,7 @@ class Checkpoint:
     hash_files: Callable[[], dict[str, str]]
     release: Callable[[], None] | None = None
     block_types: dict[str, tuple[str, int]] = field(default_factory=dict)
+    fetch_blocks: Callable[[str], torch.Tensor] | None = None
     _hashes: dict[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:

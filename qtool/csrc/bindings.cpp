@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <cstring>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -75,11 +77,16 @@ Tensor unpacked_fields(Tensor packed, Tensor fields, int64_t width) {
 
 }  // namespace
 
+#include "bindings_packed.inc"
+
 STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) {
   QTOOL_REGISTER(library);
   library.impl("fit_blocks", TORCH_BOX(&fit_blocks));
   library.impl("pack_fields", TORCH_BOX(&packed_fields));
   library.impl("unpack_fields", TORCH_BOX(&unpacked_fields));
+  library.impl("multiply_packed", TORCH_BOX(&multiply_packed));
+  library.impl("unpack_packed", TORCH_BOX(&unpack_packed));
+  library.impl("decode_block", TORCH_BOX(&decode_block));
 }
 
 // For ctypes: the name of the instruction set in use, and a way for tests to choose another. 0 when it cannot run here.

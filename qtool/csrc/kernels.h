@@ -38,6 +38,27 @@ struct BlockFitOptions {
   bool uniform;  // the levels are consecutive integers
 };
 
+// A weight [rows, columns] as it lies in memory for running: see packed.inc. Columns are a multiple of 8 and of `group`,
+// which is one too. words [tiles, ceil(columns / 32), bits, 32]; scale [tiles, columns / group, 32] in scale_type, the
+// value is scale * level + offset; offset float32 like scale, or null; levels: the 16 of kTable.
+enum PackedKind : int64_t { kIntegers = 0, kTable = 1, kSmallFloats = 2 };  // small: E4M3; kIntegers of 16, 32 bits: floats
+
+constexpr int64_t kTileOfRows = 32;
+
+struct PackedWeight {
+  const int32_t* words;
+  const void* scale;
+  const float *offset, *levels;
+  int64_t kind, bits, scale_type, rows, columns, group;
+};
+
+// One token's attention: heads of `size`, each key head serves heads / key_heads of them; the keys and values
+// [key_heads, capacity, size] at positions first .. stop.
+struct Attention {
+  int64_t heads, key_heads, size, capacity, first, stop;
+  float scaling;
+};
+
 struct Kernels {
   const char* name;
   void (*fit_affine)(const float* weight, const float* importance, const FitOptions& options, float* scale,
@@ -73,6 +94,23 @@ struct Kernels {
   // the scales of both rows. Here [begin, end) are rows of `right`.
   void (*multiply_int8)(const int8_t* left, const int8_t* right, const float* left_scale, const float* right_scale,
                         int64_t tokens, int64_t columns, int64_t outputs, float* product, int64_t begin, int64_t end);
+  // product [tokens, stride]: x [tokens, columns] times the transposed weight. Here [begin, end) are tiles of 32 rows.
+  void (*multiply_packed)(const float* x, int64_t tokens, const PackedWeight& weight, float* product, int64_t stride,
+                          int64_t begin, int64_t end);
+  // values [columns, stride]: the transposed rows of the tiles, those of `begin` first.
+  void (*unpack_packed)(const PackedWeight& weight, float* values, int64_t stride, int64_t begin, int64_t end);
+  // The same for one token whose inputs are rounded to 8 bits, rounded.inc; of weights for which `rounds`.
+  void (*round_input)(const float* x, int64_t columns, uint32_t* codes, float* scale, int32_t* sums, float* values);
+  bool (*rounds)(const PackedWeight& weight);
+  void (*multiply_rounded)(const uint32_t* codes, const float* scale, const int32_t* sums, const PackedWeight& weight,
+                           float* product, int64_t begin, int64_t end);
+  // A decoder block on one token, decode.inc. normalize: RMSNorm. rotate: RMSNorm where `norm` is not null, then the
+  // rotary embedding, in place. attend: of heads [begin, end), into out [heads, size]. gate: silu(gate) * up into gate.
+  void (*normalize)(const float* x, const float* weight, float epsilon, int64_t count, float* out);
+  void (*rotate)(float* head, const float* norm, float epsilon, const float* cos, const float* sin, int64_t size);
+  void (*attend)(const float* queries, const float* keys, const float* values, const Attention& options, float* out,
+                 int64_t begin, int64_t end);
+  void (*gate)(float* gate, const float* up, int64_t count);
   // Bit streams, little end first, codes [rows, count] <-> words [rows, words_of(count, bits)].
   void (*pack_rows)(const uint8_t* codes, int64_t count, int64_t rows, int64_t bits, uint32_t* words, int64_t begin,
                     int64_t end);

@@ -9,5 +9,7 @@
 #define QTOOL_BYTES 64
 #define QTOOL_WIDEN(a) ((Shorts)_mm512_cvtepi8_epi16((__m256i)(a)))
 #define QTOOL_PAIRS(a, b) ((IntLanes)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
+#define QTOOL_BYTE_PAIRS(a, b) ((Shorts)_mm512_maddubs_epi16((__m512i)(a), (__m512i)(b)))
+#define QTOOL_LOOK_UP(low, high, index) ((Lanes)_mm512_permutexvar_ps((__m512i)(index), (__m512)(low)))
 #include "kernels.inc"
 #endif

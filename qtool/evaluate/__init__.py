@@ -22,6 +22,7 @@ from qtool.errors import CalibrationError, InputError, NumericalError
 from qtool.evaluate import cache, describe, measure, predictions
 from qtool.models import calibration, skeleton, tokenizer
 from qtool.models.calibration import CalibrationTokens
+from qtool.models.whole import place_of
 from qtool.recipe import Calibration
 
 SCHEMA = 2  # 1: one model, its figures against the base beside it
@@ -138,16 +139,3 @@ def _refuse_vocabularies(sources: Sequence[Source], built: Sequence[skeleton.Ske
             raise InputError(f"{source.origin} has a vocabulary of {bones.vocabulary} tokens, but "
                              f"{sources[0].origin} one of {built[0].vocabulary}; --against is for the model that the "
                              "others were made from, and only models made from one stand side by side")
-
-
-def place_of(name: str) -> torch.device:
-    """The device that --device names. Raises InputError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:1")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
-                         "use --device cpu")
-    return torch.device(name)

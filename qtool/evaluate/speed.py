@@ -6,6 +6,7 @@ with a cache of keys and values. A short run comes first, so that no figure cont
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,27 +16,36 @@ import torch
 from qtool.decode import Source
 from qtool.errors import InputError
 from qtool.models import skeleton
-from qtool.models.whole import load_model
+from qtool.runtime.decoder import Decoder, open_decoder
+from qtool.runtime.load import fill
 
 WARM_PROMPT, WARM_TOKENS = 8, 2
 Generate = Callable[[torch.Tensor, int], tuple[float, float]]  # ids [P], tokens -> seconds to the first, of the others
 
 
-def measure(source: Source, device: torch.device, prompt_tokens: int = 512, new_tokens: int = 64) -> dict[str, Any]:
+def measure(source: Source, device: torch.device, prompt_tokens: int = 512, new_tokens: int = 64,
+            rounded: bool = False) -> dict[str, Any]:
     """Times one prompt and the greedy generation after it.
 
-    prompt_tokens, new_tokens: as asked for, fewer where the model has fewer positions.  prompt_tokens_per_s.
+    rounded: inputs of linears are rounded to 8 bits, as llama.cpp does; for native kernels only.
+    Returns prompt_tokens, new_tokens: as asked for, fewer where the model has fewer positions.  prompt_tokens_per_s.
     tokens_per_s: of the tokens after the first.  first_token_s: seconds from the prompt to the first token.
-    kernels: what ran it, "native" or "transformers". Raises InputError, ModelError.
+    kernels: what ran it: "native" (runtime/decoder.py) or "transformers", with linears that hold packed weights.
+    reason: why it was not native, or None. Raises InputError, ModelError.
     """
     bones = skeleton.build(source.directory, source.config, source.specs)
     positions = source.config.get("max_position_embeddings")
     prompt, new = _fitting(prompt_tokens, new_tokens, positions if isinstance(positions, int) else None)
     ids = torch.randint(bones.vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).to(device)
-    model = load_model(bones, source.read, device, source.dtype, source.schemes, source.read_quantized)
-    first, rest = timed(lambda prompt, count: _with_transformers(model, prompt, count), ids, new)
+    decoder, reason = open_decoder(source, prompt + new, rounded) if device.type == "cpu" else (None, "not on a CPU")
+    if decoder is not None:
+        first, rest = timed(functools.partial(_native, decoder), ids, new)
+    else:
+        model = fill(bones, source, device)
+        first, rest = timed(functools.partial(_with_transformers, model), ids, new)
     return {"prompt_tokens": prompt, "new_tokens": new, "prompt_tokens_per_s": prompt / first,
-            "tokens_per_s": (new - 1) / rest, "first_token_s": first, "kernels": "transformers"}
+            "tokens_per_s": (new - 1) / rest, "first_token_s": first,
+            "kernels": "transformers" if decoder is None else "native", "reason": reason or None}
 
 
 @torch.inference_mode()
@@ -51,6 +61,17 @@ def _with_transformers(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[
     for index in range(new_tokens):
         output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
         step, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+        if index == 0:
+            first = _now(ids.device)
+    return first - start, _now(ids.device) - first
+
+
+def _native(decoder: Decoder, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    decoder.length = 0
+    start, step = _now(ids.device), ids
+    first = start
+    for index in range(new_tokens):
+        step = decoder.step(step).argmax()[None]
         if index == 0:
             first = _now(ids.device)
     return first - start, _now(ids.device) - first

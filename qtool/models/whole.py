@@ -6,10 +6,12 @@ Quantizing needs neither: it rounds as it goes, block by block (blocks.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from qtool.errors import InputError, ModelError
 from qtool.models.blocks import Read, fill, load_block
 from qtool.models.inputs import multiply_codes, round_inputs
 from qtool.models.kv import round_cache
@@ -60,3 +62,27 @@ def _round(skeleton: Skeleton, module: nn.Module, prefix: str, blocks: Iterable[
     if cached:
         attentions = filter(None, map(skeleton.attention, indices))
         round_cache(module, {path.removeprefix(prefix): cached[name] for path, name in attentions if name in cached})
+
+
+def generation_defaults(model: nn.Module, directory: Path) -> None:
+    """What generation_config.json says, if there is one: which tokens end a text, and how to sample. ModelError."""
+    from transformers import GenerationConfig
+
+    if (directory / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory}/generation_config.json: transformers cannot read it: {error}") from None
+
+
+def place_of(name: str) -> torch.device:
+    """The device called `name`: auto, cpu, cuda, cuda:1. Raises InputError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:1")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
+                         "use --device cpu")
+    return torch.device(name)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 
 from qtool.ops import _library, checks
-from qtool.ops.checks import MAX_BLOCK, SCALE_TYPES
+from qtool.ops.checks import MAX_BLOCK, MAX_PRODUCTS, SCALE_TYPES
 
-__all__ = ["MAX_BLOCK", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels", "fit_affine", "fit_blocks",
-           "fit_levels", "force_instruction_set", "multiply_int8", "native_available", "pack_bits", "pack_fields",
-           "refine_columns", "refine_levels", "round_affine", "round_levels", "solve_columns", "solve_levels",
-           "unpack_bits", "unpack_fields"]
+__all__ = ["MAX_BLOCK", "MAX_PRODUCTS", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels",
+           "fit_affine", "fit_blocks", "fit_levels", "force_instruction_set", "multiply_int8",
+           "native_available", "pack_bits", "pack_fields", "refine_columns", "refine_levels",
+           "round_affine", "round_levels", "solve_columns", "solve_levels", "unpack_bits", "unpack_fields"]
 _ops = torch.ops.qtool
 
 

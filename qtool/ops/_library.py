@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qtool.ops import checks, reference, reference_blocks, reference_levels
+from qtool.ops import checks, checks_packed, reference, reference_blocks, reference_levels, reference_packed
 
 SCHEMAS = {
     "fit_affine": "(Tensor weight, Tensor importance, int group, int bits, bool symmetric, int scale_type, int steps, "
@@ -38,6 +38,13 @@ SCHEMAS = {
     "pack_fields": "(Tensor parts, Tensor fields, int size) -> Tensor",
     "unpack_fields": "(Tensor packed, Tensor fields, int width) -> Tensor",
     "multiply_int8": "(Tensor left, Tensor right, Tensor left_scale, Tensor right_scale) -> Tensor",
+    "multiply_packed": "(Tensor x, Tensor words, Tensor scale, Tensor offset, Tensor levels, int kind, int outputs, "
+                       "int group, bool rounded) -> Tensor",
+    "unpack_packed": "(Tensor words, Tensor scale, Tensor offset, Tensor levels, int kind, int columns, int group, "
+                     "int begin, int end) -> Tensor",
+    "decode_block": "(Tensor hidden, Tensor[] weights, int[] layout, Tensor cos, Tensor sin, Tensor(a!) keys, "
+                    "Tensor(b!) values, int position, int window, float epsilon, float scaling, "
+                    "bool rounded) -> Tensor",
     "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
     "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
 }
@@ -79,6 +86,18 @@ def _product(left, right, *_):  # type: ignore[no-untyped-def]
     return left.new_empty((left.shape[0], right.shape[0]), dtype=torch.float32)
 
 
+def _multiply_packed(x, words, scale, offset, levels, kind, outputs, *_):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], outputs))
+
+
+def _unpack_packed(words, scale, offset, levels, kind, columns, group, begin, end):  # type: ignore[no-untyped-def]
+    return words.new_empty((columns, (end - begin) * checks_packed.TILE), dtype=torch.float32)
+
+
+def _hidden(hidden, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(hidden)
+
+
 def _pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     shape = (checks.words(rows, bits), columns) if transposed else (rows, checks.words(columns, bits))
@@ -94,13 +113,15 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "fit_affine": _fit, "round_affine": _codes, "dequantize_affine": _values, "solve_columns": _pair,
     "refine_columns": _pair, "fit_levels": _fit_levels, "round_levels": _codes, "dequantize_levels": _values,
     "solve_levels": _pair, "refine_levels": _pair, "fit_blocks": _fit_blocks, "pack_fields": _fields,
-    "unpack_fields": _fields, "multiply_int8": _product, "pack_bits": _pack, "unpack_bits": _unpack,
+    "unpack_fields": _fields, "multiply_int8": _product, "multiply_packed": _multiply_packed,
+    "unpack_packed": _unpack_packed, "decode_block": _hidden, "pack_bits": _pack, "unpack_bits": _unpack,
 }
 
 
 def _fake(name: str) -> Callable[..., Any]:
     """The op on tensors without data: the same check as before a real call, then the shapes."""
-    check, shapes = getattr(checks, name), SHAPES[name]
+    check = next(getattr(module, name) for module in (checks_packed, checks) if hasattr(module, name))
+    shapes = SHAPES[name]
 
     def fake(*arguments: Any) -> Any:
         check(*arguments)
@@ -112,8 +133,8 @@ def _fake(name: str) -> Callable[..., Any]:
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _default = next(getattr(module, _name) for module in (reference_levels, reference_blocks, reference)
-                    if hasattr(module, _name))
+    _modules = (reference_levels, reference_blocks, reference_packed, reference)
+    _default = next(getattr(module, _name) for module in _modules if hasattr(module, _name))
     LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtool::{_name}", _fake(_name), lib=LIBRARY)
 

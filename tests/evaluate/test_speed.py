@@ -28,7 +28,13 @@ def test_a_real_clock(tmp_path: Path) -> None:
     assert (figures["prompt_tokens"], figures["new_tokens"]) == (192, 64)
     assert 0 < figures["first_token_s"] < 60
     assert figures["prompt_tokens_per_s"] == pytest.approx(192 / figures["first_token_s"])
-    assert figures["kernels"] in ("native", "transformers")
+    assert figures["kernels"] == "native" and figures["reason"] is None
+
+
+def test_a_family_without_a_native_step(tmp_path: Path) -> None:
+    figures = speed.measure(decode.open_model(str(tiny.make(tmp_path, "gemma2"))), CPU, 12, 3)
+    assert figures["kernels"] == "transformers" and "norms around both parts" in figures["reason"]
+    assert figures["tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize("prompt, new", [(0, 4), (4, 1), (-1, 8)])

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from qtool import ops
-from qtool.ops import _library
+from qtool.ops import _library, packed
+from qtool.ops.blocks import DecoderBlock
 from tests.ops import cases
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
     """Right arguments of every op, as the schemas have them."""
     weight, weighting, square = cases.weights(8, 64), cases.importance(64), cases.hessian(64)
     (scale, zero), codes, index = cases.grid(8, 2, 4), cases.codes(8, 64, 4), cases.group_index(64, 2)
+    small = packed.pack_codes(codes, torch.arange(-8.0, 8.0), scale)
     arguments: dict[str, tuple[Any, ...]] = {
         "fit_affine": (weight, weighting, 32, 4, True, 0, 3, 0.5, True, 1),
         "round_affine": (weight, scale, zero, 32, 4), "dequantize_affine": (codes, scale, zero, 32),
@@ -41,10 +43,29 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "fit_blocks": (weight, weighting, torch.arange(16.0), torch.arange(15.0) + 0.5, 64, 16, 0, 63, 63, 3, 1, 0.5,
                        True),
         "pack_fields": (codes, FIELDS, 3), "unpack_fields": (codes[:, :3].contiguous(), FIELDS, 64),
+        "multiply_packed": (cases.weights(3, 64), *small.tensors, small.kind, small.rows, small.group, False),
+        "unpack_packed": (*small.tensors, small.kind, 64, small.group, 0, 1), "decode_block": block(),
         "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
     }
-    return {name: tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in given)
-            for name, given in arguments.items()}
+
+    def there(one: Any) -> Any:
+        if isinstance(one, list):
+            return list(map(there, one))
+        return one.to(device) if isinstance(one, torch.Tensor) else one
+
+    return {name: tuple(map(there, given)) for name, given in arguments.items()}
+
+
+def block() -> tuple[Any, ...]:
+    """A decoder block of 16 columns, two heads and one of keys, on its third token."""
+    ones, empty = torch.ones(16), torch.empty(0)
+    weights, layout = [ones, empty, empty, ones], []
+    for rows, columns in ((16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)):
+        one = packed.pack_dense(cases.weights(rows, columns) / 4)
+        weights += [*one.tensors, torch.ones(rows)]
+        layout += [one.kind, one.group, one.rows]
+    caches = [cases.weights(5, 8, seed).reshape(1, 5, 8) for seed in (1, 2)]
+    return cases.weights(1, 16), weights, layout, torch.ones(1, 4), torch.zeros(1, 4), *caches, 2, 5, 1e-5, 0.5, False
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -97,6 +118,15 @@ BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
     (lambda: fit_blocks(scale_range=(0, 0)), "scale_low 0, scale_high 0"),
     (lambda: fit_blocks(mins=256), "mins is 256"),
     (lambda: fit_blocks(mins=0), "the lowest level is negative"), (lambda: fit_blocks(steps=0), "steps 0"),
+    (lambda: torch.ops.qtool.unpack_packed(*calls("meta")["unpack_packed"][:-1], 2), "tiles 0 to 2 of 1"),
+    (lambda: changed(1, torch.ones(1, 2, 5, 32)), r"words is torch.float32 \[1, 2, 5, 32\]"),
+    (lambda: changed(1, torch.ones(1, 2, 9, 32, dtype=torch.int32)), "kind 0 of 9 bits"),
+    (lambda: changed(1, torch.ones(1, 3, 4, 32, dtype=torch.int32)), "3 chunks for 64 columns"),
+    (lambda: changed(2, torch.ones(1, 3, 32)), r"scale is torch.float32 \[1, 3, 32\], not \[1, 2, 32\]"),
+    (lambda: changed(3, torch.ones(2)), r"offset is .* or empty"), (lambda: changed(7, 12), "group 12 for 64 columns"),
+    (lambda: changed(6, 65), "1 tiles for 65 outputs"), (lambda: changed(5, 1), r"levels is .* for kind 1"),
+    (lambda: wrong_block(3, 16), "position 3, 1 tokens in a cache of 3"), (lambda: wrong_block(-1, 16), "position -1"),
+    (lambda: wrong_block(0, 15), "hidden is not float32"), (lambda: wrong_block(0, 16, 0), "window 0"),
     (lambda: ops.pack_bits(torch.ones(3, dtype=torch.uint8), 4), "two dimensions"),
     (lambda: ops.pack_bits(torch.ones(3, 3), 4), "codes is torch.float32"),
     (lambda: ops.unpack_bits(torch.ones(3, 2, dtype=torch.int32), 4, 99), "2 words cannot hold 99"),
@@ -109,6 +139,19 @@ BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
 def test_wrong_arguments(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def changed(index: int, argument: Any) -> object:
+    arguments = list(calls("meta")["multiply_packed"])
+    arguments[index] = argument.to("meta") if isinstance(argument, torch.Tensor) else argument
+    return torch.ops.qtool.multiply_packed(*arguments)
+
+
+def wrong_block(position: int, columns: int, window: int = 3) -> object:
+    _, weights, layout, cos, sin, keys, values, *_ = block()
+    keys, values = keys[:, :3].contiguous(), values[:, :3].contiguous()
+    made = DecoderBlock(tuple(weights), tuple(layout), keys, values, window, 1e-5, 0.5)
+    return made(torch.ones(1, columns), cos, sin, position)
 
 
 def solve(index: torch.Tensor, columns: int = 8, factor: torch.Tensor | None = None) -> object:
