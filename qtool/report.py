@@ -178,6 +178,9 @@ def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
     if compared:
         changed = compared["changed_tensors"]
         text = f"with {compared['against']}: {compared['equal_tensors']} unquantized tensors are equal"
+        if compared.get("rescaled"):
+            text += (f", {compared['rescaled']} linears were rescaled together with what comes before them and have no "
+                     "error like for like (eval --against tells what they do)")
         run = compared.get("outputs")
         text += f", outputs compared on {run['tokens']} tokens" if run else ""
         text += f"; outputs not compared: {compared['no_outputs']}" if compared.get("no_outputs") else ""

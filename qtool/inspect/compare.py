@@ -45,7 +45,7 @@ def compare(source: Source, base: Source, rows: list[dict[str, Any]], step: Step
         if row["sqnr_db"] is None:
             row["sqnr_db"] = row["weight_sqnr_db"]
     return {"against": base.origin, "equal_tensors": equal, "changed_tensors": changed,
-            **_outputs(source, base, rows, step, tokens)}
+            "rescaled": sum(bool(row.get("rescaled")) for row in rows), **_outputs(source, base, rows, step, tokens)}
 
 
 def _outputs(source: Source, base: Source, rows: list[dict[str, Any]], step: Step, tokens: int) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def test_output_errors_are_those_of_the_whole_model(run: Run, model: Path, rtn: 
 
 
 def test_output_errors_include_the_rounding_of_inputs(run: Run, model: Path, tmp_path: Path) -> None:
-    make("quantize", model, "--method", "w8a8", "--quiet", "--out", tmp_path / "out")
+    make("quantize", model, "--method", "w8a8", "--samples", "4", "--sequence-length", "32", "--quiet",
+         "--out", tmp_path / "out")
     source = decode.open_model(str(tmp_path / "out"))
 
     def per_token(x: torch.Tensor) -> torch.Tensor:
@@ -167,8 +168,9 @@ def test_other_families(family: str, run: Run, tmp_path: Path) -> None:
 def test_rescaled_weights_have_no_error_like_for_like(run: Run, model: Path, tmp_path: Path) -> None:
     make("quantize", model, "--method", "awq", "--group-size", "32", "--samples", "4", "--sequence-length", "32",
          "--quiet", "--out", tmp_path / "out")
-    rows = layers_of(run, tmp_path / "out", "--layers", "--against", model)
-    assert any(row.get("rescaled") for row in rows)
+    status, out, _ = run("inspect", tmp_path / "out", "--layers", "--against", model, "--json")
+    rows, count = json.loads(out)["layers"], json.loads(out)["comparison"]["rescaled"]
+    assert status == 0 and count == sum(bool(row.get("rescaled")) for row in rows) > 0
     assert all(row.get("output_error") is None for row in rows if row.get("rescaled"))
 
 
