@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool import heap, inspect
+from qtool import estimate, heap, preflight
 from qtool.decode import Source
 from qtool.models import blocks, skeleton
 from qtool.models.statistics import run_block
@@ -183,4 +183,5 @@ def _whole(model: nn.Module, setting: Setting) -> Logits:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return inspect.system()["memory_free"] or 1 << 62  # 0: the system does not tell
+    available = preflight.available_memory()  # within the limit of a container; None: the system does not tell
+    return 1 << 62 if available is None else available - estimate.resident()
