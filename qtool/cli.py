@@ -50,7 +50,8 @@ def quantize(
     group_size: o.GroupSize = None, symmetric: o.Symmetric = False, asymmetric: o.Asymmetric = False,
     double_quant: o.DoubleQuant = False, kv_cache: o.KvCache = None, format_: o.Format = None,
     calibration: o.Text = None, samples: o.Samples = None, sequence_length: o.Length = None, dtype: o.Dtype = None,
-    seed: o.Seed = None, set_: o.Settings = None, out: o.Out = None, device: o.Device = "auto",
+    seed: o.Seed = None, set_: o.Settings = None, imatrix: o.NoImatrix = None, out: o.Out = None,
+    device: o.Device = "auto",
     dry_run: o.DryRun = False, probe: o.Probe = False, redo: o.Redo = None, restart: o.Restart = False,
     json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
@@ -58,6 +59,7 @@ def quantize(
 
     The same command goes on where an earlier one stopped.
     """
+    flags.refuse_imatrix(model, method, imatrix)
     whole, budget = flags.bits_or_budget(bits, budget)
     typed = {"--bits": ("scheme.bits", whole), "--budget": ("budget", budget),
              "--group-size": ("scheme.group_size", flags.group_size(group_size)),
@@ -120,12 +122,17 @@ def evaluate(
 @app.command(epilog="Examples:\n\nqtool export ./Qwen3-8B-gptq-int4-g128 --to gptq\n\n"
                     "qtool export ./Qwen3-8B-awq --to mlx --requantize int4-g64\n\n"
                     "qtool export Qwen/Qwen3-8B --to gguf --type q4_k_m\n\n"
+                    "qtool export Qwen/Qwen3-8B --to imatrix --calibration wiki.train.txt\n\n"
                     "qtool export ./Qwen3-8B-gptq-int4-g128 --push-to me/Qwen3-8B-gptq --private")
 def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = None, out: o.ExportOut = None,
            type: o.GgufType = None, imatrix: o.Imatrix = None, accuracy_level: o.AccuracyLevel = None,
-           dtype: o.GraphDtype = None, push_to: o.PushTo = None, private: o.Private = False, json: o.Json = False,
-           quiet: o.Quiet = False) -> None:
-    """Write a checkpoint in another format, a quantized one with the same codes and scales; or upload it."""
+           dtype: o.GraphDtype = None, calibration: o.ExportText = None, samples: o.ExportSamples = None,
+           sequence_length: o.ExportLength = None, device: o.ExportDevice = None, push_to: o.PushTo = None,
+           private: o.Private = False, json: o.Json = False, quiet: o.Quiet = False) -> None:
+    """Write a checkpoint in another format, a quantized one with the same codes and scales; or upload it.
+
+    Also what a model's inputs look like (--to imatrix).
+    """
     if to is None and push_to is None:
         raise InputError("give --to FORMAT, --push-to NAMESPACE/NAME, or both")
     if (out is not None and to is None) or (private and push_to is None):
@@ -138,7 +145,8 @@ def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = N
     if to is not None:
         from qtool import exports
 
-        wanted = exports.Wanted(to, out, requantize, type, imatrix, accuracy_level, dtype)
+        wanted = exports.Wanted(to, out, requantize, type, imatrix, accuracy_level, dtype, calibration, samples,
+                                sequence_length, device)
         result = exports.exported(path, wanted, json or quiet)
     if push_to is not None:
         result["pushed"] = push.push(Path(result["out"]), push_to, private, json or quiet)

@@ -21,13 +21,23 @@ class Wanted:
     imatrix: Path | None = None
     accuracy_level: int | None = None
     dtype: str | None = None
+    calibration: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    device: str | None = None
+
+
+# option, the field of Wanted, the target that it is for
+ONLY_FOR = (("--type", "type", "gguf"), ("--imatrix", "imatrix", "gguf"),
+            ("--accuracy-level", "accuracy_level", "onnx"), ("--dtype", "dtype", "onnx"),
+            ("--calibration", "calibration", "imatrix"), ("--samples", "samples", "imatrix"),
+            ("--sequence-length", "sequence_length", "imatrix"), ("--device", "device", "imatrix"))
 
 
 def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
     """Write it and return what `--json` prints. Raises InputError for options of another target."""
-    for name, given, target in (("--type", wanted.type, "gguf"), ("--imatrix", wanted.imatrix, "gguf"),
-                                ("--accuracy-level", wanted.accuracy_level, "onnx"), ("--dtype", wanted.dtype, "onnx")):
-        if given is not None and wanted.to != target:
+    for name, field, target in ONLY_FOR:
+        if getattr(wanted, field) is not None and wanted.to != target:
             raise InputError(f"{name} is for --to {target}, not {wanted.to}; leave it out")
     if wanted.requantize is not None:
         return _requantized(path, wanted.to, wanted.requantize, wanted.out, quiet)
@@ -53,6 +63,11 @@ def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
         from qtool import export_onnx
 
         return export_onnx, export_onnx.make_export(source, wanted.out, wanted.accuracy_level, wanted.dtype)
+    if wanted.to == "imatrix":
+        from qtool import export_imatrix
+
+        return export_imatrix, export_imatrix.make_export(source, wanted.out, wanted.calibration, wanted.samples,
+                                                          wanted.sequence_length, wanted.device or "auto")
     from qtool import export
 
     return export, export.make_export(source, wanted.to, wanted.out)

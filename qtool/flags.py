@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import RecipeError
@@ -16,6 +17,14 @@ def bits_or_budget(bits: float | None, budget: str | None) -> tuple[int | float 
     if bits is not None and budget is not None:
         raise RecipeError(f"--bits {bits:g} and --budget {budget} both say how many bits; give one of them")
     return (bits, budget) if bits is None else (int(bits), None) if bits.is_integer() else (None, f"{bits}")
+
+
+def refuse_imatrix(model: str, method: str | None, given: Path | None) -> None:
+    """An importance matrix, if it was given, stands in place of text, and quantize has text."""
+    if given is not None:
+        raise RecipeError(f"--imatrix {given} fits block types without text, which export does: qtool export {model} "
+                          f"--to gguf --type {method or 'q4_k_m'} --imatrix {given}; quantize measures more than such "
+                          "a file holds, on --calibration TEXT")
 
 
 def group_size(given: str | None) -> int | str | None:

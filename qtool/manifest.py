@@ -16,13 +16,14 @@ from qtool.errors import CheckpointError, OutputError
 NAME = "manifest.json"
 SCHEMA = 1
 MAX_BYTES = 256 << 20
+ARITHMETIC = "arithmetic"  # what the last bits of products depend on, null where none are taken (arithmetic.py)
 
 
 def identity(version: str, source: dict[str, Any], recipe: dict[str, Any], calibration: dict[str, Any] | None,
-             versions: dict[str, str]) -> dict[str, Any]:
+             versions: dict[str, str], arithmetic: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that decides the output bytes. Two runs with equal identities write equal files."""
     return {"schema": SCHEMA, "qtool": version, "source": source, "recipe": recipe, "calibration": calibration,
-            "versions": versions}
+            "versions": versions, ARITHMETIC: arithmetic}
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -123,7 +123,8 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
 Target = Annotated[str | None, _option("compressed-tensors, gptq, awq, mlx, modelopt, fp8, bitsandbytes, gguf, "
-                                       "onnx, or hf (dense).", metavar="FORMAT")]
+                                       "onnx, hf (dense), or imatrix (the model's importance matrix, for llama.cpp's "
+                                       "quantizer and for --imatrix).", metavar="FORMAT")]
 Requantize = Annotated[str | None, _option(
     "Where FORMAT cannot hold the codes: decode them and round again, with a scheme such as int4-g64 or a data-free "
     "recipe (rtn, nf4, fp8, ...).", metavar="SCHEME|RECIPE")]
@@ -131,8 +132,16 @@ GgufType = Annotated[str | None, _option("With --to gguf: f16, bf16, f32, a mixt
                                          "as the source is (auto).", "--type", metavar="TYPE")]
 Imatrix = Annotated[Path | None, _option("llama.cpp's importance matrix, for a --type of block types.", "--imatrix",
                                          metavar="FILE")]
+NoImatrix = Annotated[Path | None, typer.Option("--imatrix", hidden=True)]  # refused with the command that takes one
 GraphDtype = Annotated[str | None, _option("onnx: in which the graph computes: float32, or float16 for GPUs (float32).",
                                            "--dtype", metavar="NAME")]
+ExportText = Annotated[str | None, _option("imatrix: text to run through the model, as with quantize (builtin).",
+                                           "--calibration", metavar="SPEC")]
+ExportSamples = Annotated[int | None, _option("imatrix: sequences of text (128; on a GPU 512).", "--samples",
+                                              metavar="N")]
+ExportLength = Annotated[int | None, _option("imatrix: tokens of each (512).", "--sequence-length", metavar="T")]
+ExportDevice = Annotated[str | None, _option("imatrix: where to compute: auto, cpu, cuda or cuda:1 (auto).", "--device",
+                                             metavar="NAME")]
 AccuracyLevel = Annotated[int | None, _option(
     "onnx: how MatMulNBits takes its inputs: 0 as they are, 1 float32, 2 float16, 3 bfloat16, 4 rounded to 8 bits, "
     "which is faster (0).", "--accuracy-level", metavar="N")]

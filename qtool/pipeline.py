@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from qtool import (
+    arithmetic,
     card,
     container,
     estimate,
@@ -75,6 +76,8 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
     preflight.refuse_too_small(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
+    if not restart:
+        arithmetic.resume(plan.out)
     tokens = prepare.tokens_of(checkpoint, plan)
     source = rotate.view(checkpoint, plan.rotated)
     with Workspace(plan.out, prepare.identity_of(checkpoint, plan, tokens), restart) as work:

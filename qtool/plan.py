@@ -159,7 +159,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
 
     Raises RecipeError, ModelError, CheckpointError or PlanError before anything has been written.
     """
-    target = _device(device)
+    target = choose_device(device)
     format_ = found.load("formats", recipe.format)
     plan_gguf.refuse(recipe)
     steps = tuple(_step(entry) for entry in recipe.steps)
@@ -182,7 +182,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     recipe, linears = _settle_groups(recipe, _with_schemes(linears, schemes or {}))
     _check([*linears, *outside], format_)
     stages = layout.stages(linears, outside)
-    recipe = _settle_calibration(recipe, target)
+    recipe = settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
     compute_dtype = choose_compute_dtype(target, model_dtype)
     plan = Plan(
@@ -237,7 +237,8 @@ def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:
     return max((options.share for options in asking), default=0.0)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """What --device means. Raises PlanError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -319,7 +320,7 @@ def _keep_head(recipe: Recipe, head: str) -> int | None:
     return rule
 
 
-def _settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
+def settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
     """Fill in what depends on the device."""
     given = recipe.calibration
     fast = device.type == "cuda"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import duration, formats, manifest, ops, outputs, preflight, workspace
+from qtool import arithmetic, duration, formats, manifest, ops, outputs, preflight, workspace
 from qtool.checkpoint import Checkpoint, open_checkpoint
 from qtool.errors import InputError, PlanError
 from qtool.models import calibration
@@ -31,6 +31,7 @@ def open_source(model: str) -> Checkpoint:
 
 def dry_run(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The plan as JSON, and what its output directory would meet (docs/json.md)."""
+    arithmetic.resume(plan.out)
     state, differs = workspace.state(
         plan.out, lambda: identity_of(checkpoint, plan, tokens_of(checkpoint, plan)))
     data = {**plan.to_json(), **preflight.described(plan, checkpoint.name), **outputs.described(plan),
@@ -58,10 +59,16 @@ def identity_of(checkpoint: Checkpoint, plan: Plan, tokens: calibration.Calibrat
     if tokens is not None:
         used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.text_samples,
                 "sequence_length": plan.recipe.calibration.sequence_length}
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": version("transformers"), "device": plan.device.type, "ops": ops.backend()}
     recipe = plan.whole or plan.recipe
-    return manifest.identity(qtool.__version__, source, recipe.model_dump(mode="json"), used, versions)
+    products = tokens is not None or plan.rotated is not None
+    return manifest.identity(qtool.__version__, source, recipe.model_dump(mode="json"), used, versions(plan.device),
+                             arithmetic.described(plan.device) if products else None)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of everything that computes."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"),
+            "device": device.type, "ops": ops.backend()}
 
 
 def refuse_missing_device(plan: Plan) -> None:

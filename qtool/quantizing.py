@@ -34,7 +34,7 @@ def quantize(wanted: Wanted, given: flags.Given) -> None:
     """Plan, and show the plan or run it."""
     made = flags.to_recipe(given)
     with console.working(f"reading {wanted.model}", wanted.silent):
-        from qtool import pipeline, preflight, prepare
+        from qtool import arithmetic, pipeline, preflight, prepare
         from qtool.outputs import make_plan
 
         checkpoint = prepare.open_source(wanted.model)
@@ -42,7 +42,8 @@ def quantize(wanted: Wanted, given: flags.Given) -> None:
     if wanted.dry_run:
         _dry_run(wanted, checkpoint, plan)
         return
-    for text in (*_without_kernels(), *plan.warnings, *preflight.notes(plan)):
+    resumed = None if wanted.restart else arithmetic.resume(plan.out)
+    for text in (*_without_kernels(), *plan.warnings, *preflight.notes(plan), *([resumed] if resumed else [])):
         console.note(f"note: {text}", wanted.silent)
     began = time.monotonic()
     with console.progress(wanted.silent) as progress:

@@ -65,18 +65,18 @@ class Workspace:
         """Drop the scratch files and give the directory its final name."""
         for name in SCRATCH:
             (self.folder / name).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync(self.folder)
         refuse_existing(self.out)
         if self.out.exists():
             self.out.rmdir()  # empty, as just checked
         self.folder.rename(self.out)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
 
     def complete_file(self, name: str) -> None:
         """Give the file `name` of the folder the name of the output, and drop the folder."""
         refuse_existing(self.out)
         (self.folder / name).rename(self.out)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
         shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
@@ -115,24 +115,38 @@ class Workspace:
 def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[str]]:
     """What lies in the output's place: "absent", "unfinished" or "finished", or "other" things; with what differs from
     a run of this identity (computed where it is needed). A finished output without differences is that run's."""
-    journal = out.with_name(out.name + ".partial") / JOURNAL
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         try:
             there = manifest.load(out)
         except CheckpointError as error:
             return "other", [str(error)]
         now = json.loads(json.dumps(identity()))
+        now.pop(manifest.ARITHMETIC, None)  # whatever computed it, it is there
         changed = manifest.differences({key: there.get(key) for key in now}, now)
         lost = [f"{name} is missing" for name in there.get("outputs", {}) if not (out / name).is_file()]
         return ("other", [*changed, *lost]) if changed or lost else ("finished", [])
-    if not journal.is_file():
-        return "absent", []
     try:
-        with journal.open("rb") as file:
-            before = json.loads(file.readline() or b"{}").get("identity")
+        before = unfinished(out)
     except (OSError, ValueError) as error:
-        return "unfinished", [f"{journal}: {error}"]
+        return "unfinished", [f"{_journal(out)}: {error}"]
+    if before is None:
+        return "absent", []
     return "unfinished", manifest.differences(before, json.loads(json.dumps(identity()))) if before else []
+
+
+def unfinished(out: Path) -> dict[str, Any] | None:
+    """The identity of the unfinished run of an output ({}: it has none yet); None where there is no such run.
+
+    Raises OSError, ValueError for a journal that cannot be read."""
+    journal = _journal(out)
+    if not journal.is_file():
+        return None
+    with journal.open("rb") as file:
+        return dict(json.loads(file.readline() or b"{}").get("identity") or {})
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(out.name + ".partial") / JOURNAL
 
 
 def refuse_existing(out: Path) -> None:
@@ -151,9 +165,9 @@ def storage_error(error: OSError, place: Path) -> StorageError:
     return StorageError(f"writing in {place} failed: {error.strerror}; the same command goes on where it stopped")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the renames in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

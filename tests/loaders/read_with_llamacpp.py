@@ -13,10 +13,14 @@ import json
 import sys
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama
+import scipy_openblas32
 from safetensors.numpy import load_file, save_file
+
+# ggml's BLAS library wants it by its name only
+ctypes.CDLL(str(Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"), ctypes.RTLD_GLOBAL)
+import llama_cpp  # noqa: E402
+from llama_cpp import GGML_TYPE_F32, Llama  # noqa: E402
 
 TERNARY = {"tq1_0": 34, "tq2_0": 35}  # types that the Python package has no constants for
 
