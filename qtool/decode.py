@@ -24,8 +24,10 @@ class Source:
 
     schemes: Scheme of every quantized linear (empty when there is none).  format: the module of its format, or None.
     specs: the dense view: P.weight [N, K] in the model's dtype in place of the packed tensors of P.
-    config: config.json without its quantization_config.  checkpoint: what lies on disk.
+    config: config.json without its quantization_config.  checkpoint: what lies on disk.  notes: what reading changed.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -79,6 +81,13 @@ class Source:
             tensor: QuantizedTensor = self.format.unpack(linear_name, self._read_stored, scheme, shape,
                                                          self._stored_config)
         return tensor
+
+    def stored_scale(self, linear_name: str) -> torch.Tensor:
+        """The scales of a quantized linear: the first floating tensor among its own, as the file has it."""
+        assert self.format is not None
+        stored = self.checkpoint.specs
+        names = (f"{linear_name}.{suffix}" for suffix in self.format.SUFFIXES)
+        return self.checkpoint.read(next(name for name in names if name in stored and stored[name].dtype in FLOATING))
 
     def obstacle(self, linear_name: str) -> str | None:
         """Why the codes of a quantized linear cannot be kept as they are in another format, or None."""
@@ -156,9 +165,10 @@ class Source:
         return dict(sorted(specs.items()))
 
 
-def open_model(path: str, revision: str | None = None, work_dir: Path | None = None) -> Source:
-    """Open a directory, a .gguf file or a Hub id, quantized or not. Raises CheckpointError."""
-    return Source(open_checkpoint(path, revision, work_dir))
+def open_model(path: str, revision: str | None = None, work_dir: Path | None = None,
+               gguf_dtype: torch.dtype | None = None) -> Source:
+    """Open a directory, a .gguf file or a Hub id, quantized or not; as open_checkpoint. Raises CheckpointError."""
+    return Source(open_checkpoint(path, revision, work_dir, gguf_dtype))
 
 
 def model_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> torch.dtype:

@@ -79,12 +79,14 @@ def refuse(asked: Asked) -> None:
 def evaluated(asked: Asked) -> dict[str, Any]:
     """What `--json` prints."""
     with console.working(f"reading {asked.paths[0]}", asked.quiet):
+        from torch import float32
+
         from qtool import evaluate
         from qtool.decode import open_model
         from qtool.evaluate import beside, cache, tasks
 
-        models = [open_model(path) for path in asked.paths]
-        base = open_model(asked.against) if asked.against else None
+        models = [open_model(path, gguf_dtype=float32) for path in asked.paths]
+        base = open_model(asked.against, gguf_dtype=float32) if asked.against else None
         wanted = beside.Wanted(asked.memory_context, asked.memory_batch or 1, asked.speed, None)
         beside.refuse([*models, *([base] if base else [])], wanted)
     if asked.tasks:

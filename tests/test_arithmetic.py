@@ -1,4 +1,4 @@
-"""What the bytes of a calibrated run depend on beside its inputs: noted, taken up again, refused where that cannot be."""
+"""What the bytes of a calibrated run depend on beside its inputs: noted, taken up again, or refused."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 from qtool.checkpoint.reader import Checkpoint, open_directory
 from qtool.errors import CheckpointError
 
@@ -13,10 +15,12 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | None = None,
+                    gguf_dtype: torch.dtype | None = None) -> Checkpoint:
     """Open a directory, a .gguf file, or a Hub repository org/name or org/name@revision. Raises CheckpointError.
 
-    work_dir: where config and tokenizer of a GGUF file are unpacked; None is a temporary folder.
+    work_dir: where config and tokenizer of a GGUF file are unpacked; None is a temporary folder.  gguf_dtype: what
+    its tensors are read as; float32 holds what its blocks say (a dtype in which such models are kept).
     """
     path = Path(model).expanduser()
     if path.is_dir() or path.is_file():
@@ -29,7 +33,7 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
         if path.suffix.lower() == ".gguf":
             from qtool.checkpoint.gguf_file import open_gguf  # needs transformers
 
-            return open_gguf(path, work_dir)
+            return open_gguf(path, work_dir, gguf_dtype)
         raise CheckpointError(f"{model}: is a file, but not a .gguf file; for safetensors give the folder that holds "
                               "it and config.json")
     repository, at, tag = model.partition("@")

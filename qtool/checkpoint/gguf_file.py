@@ -36,8 +36,11 @@ CHUNK_ELEMENTS = 1 << 22  # dequantized at a time; bounds the float32 temporarie
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 
-def open_gguf(path: Path, work_dir: Path | None = None) -> Checkpoint:
-    """Open a .gguf file; config.json and tokenizer files are written into work_dir. Raises CheckpointError."""
+def open_gguf(path: Path, work_dir: Path | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Open a .gguf file; config.json and tokenizer files are written into work_dir. Raises CheckpointError.
+
+    dtype: what tensors are read as; None: what the matrices are, or bfloat16 if they are quantized.
+    """
     where = str(path)
     header = read_gguf_header(path)
     architecture = _architecture(header, where)
@@ -46,7 +49,7 @@ def open_gguf(path: Path, work_dir: Path | None = None) -> Checkpoint:
     _refuse_undecodable(header, where)
     family = stored_as(architecture, header.tensors)
     parts = map_tensors(header.tensors, family, heads, kv_heads, where)
-    dtype = _dtype(header)
+    dtype = dtype or _dtype(header)
     temporary = None if work_dir is not None else tempfile.TemporaryDirectory(prefix="qtool-gguf-")
     folder = work_dir if work_dir is not None else Path(temporary.name) if temporary is not None else Path()
     folder.mkdir(parents=True, exist_ok=True)
