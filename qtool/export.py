@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, footprint, formats, found, inspect, manifest, transfer
+from qtool import card, footprint, formats, found, gguf_codes, inspect, manifest, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -58,14 +58,15 @@ class Export:
 def lost(source: Source) -> tuple[str, ...]:
     """What of the source no export has."""
     if not source.cache_scales():
-        return ()
-    return ("the scales of cached keys and values (k_scale, v_scale) are left out; to have them in another format, "
-            "quantize the original again",)
+        return source.notes
+    return (*source.notes, "the scales of cached keys and values (k_scale, v_scale) are left out; to have them in "
+            "another format, quantize the original again")
 
 
 def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     """Raises InputError (or a class below it) when `to` cannot hold what the source holds, before any work."""
     target = formats.load(to)
+    source = gguf_codes.of(source) if source.kind == "gguf" and target.NAME != DENSE else source
     _refuse_pointless(source, target)
     how = (transfer.Transfer({}, (), source.dtype, source.dtype) if target.NAME == DENSE
            else transfer.plan(source, target))

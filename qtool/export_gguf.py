@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
-from qtool import footprint, inspect, manifest, outside, plan_gguf, recipe
+from qtool import footprint, found, inspect, manifest, outside, plan_gguf, recipe
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
 from qtool.checkpoint.imatrix import read_imatrix, spread
@@ -22,7 +22,7 @@ from qtool.formats import gguf as blocks
 from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
-from qtool.tensors import TensorSpec
+from qtool.tensors import QuantizedTensor, TensorSpec
 from qtool.workspace import Workspace, storage_error
 
 NAME = "gguf"
@@ -128,6 +128,9 @@ def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[Te
         scheme = schemes.get(output.name)
         if scheme is None:
             return tensor.to(output.dtype)
+        kept = _kept_codes(source, output.name.removesuffix(".weight"), scheme)
+        if kept is not None:
+            return blocks.pack(kept[0], kept[1])[output.name]
         packed = torch.empty(output.shape, dtype=output.dtype)
         for chunk in outside.rounded(blocks, output.name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1]),
                                      scheme, tensor.dtype, lambda start, stop: tensor[start:stop], PLAIN,
@@ -141,6 +144,14 @@ def mixed(mixture: str, bones: skeleton.Skeleton, source: Source, specs: list[Te
                    weighed if importance else None)
 
 
+def _kept_codes(source: Source, linear: str, scheme: recipe.Scheme) -> tuple[str, QuantizedTensor] | None:
+    """A quantized linear of the source as blocks with the same codes and scales, where the type holds these."""
+    if linear not in source.schemes or source.obstacle(linear) is not None:
+        return None
+    held = found.load("grids", scheme.grid).holding(source.read_quantized(linear))
+    return None if held is None else (linear, held)
+
+
 def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     source, storage = job.source, job.storage
@@ -148,10 +159,10 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
                 "source": {"name": source.name, "files": source.hashes()}}
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)
-        exact = not source.schemes and not storage.types and not _inexact(source)
+        same = set()
         for done, spec in enumerate(storage.outputs):
             step(done, len(storage.outputs), spec.name)
-            exact &= _copy(job, writer, spec)
+            same |= {spec.name.removesuffix(".weight")} if _copy(job, writer, spec) else set()
         step(len(storage.outputs), len(storage.outputs), "naming and hashing the file")
         writer.finish()
         try:
@@ -159,14 +170,34 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
             size, digest = job.out.stat().st_size, manifest.file_hash(job.out)
         except OSError as error:
             raise storage_error(error, work.folder) from None
+    checked, lossless, notes = _said(job, same)
     return {
         "schema": inspect.SCHEMA, "out": str(job.out), "format": f"{NAME} {storage.label}",
         "from": inspect.stored_name(source) or f"{inspect.dtype_name(source.dtype)} weights",
-        "linears": len(source.schemes), "lossless": exact, "source_bytes": footprint.stored_bytes(source),
-        "weight_bytes": size, "notes": [], "outputs": {job.out.name: digest},
-        "checked": "every tensor was read back" + ("; lossless" if exact else f" and is the source's in "
-                                                   f"{storage.label}"),
+        "linears": len(source.schemes), "lossless": lossless, "source_bytes": footprint.stored_bytes(source),
+        "weight_bytes": size, "notes": notes, "outputs": {job.out.name: digest}, "checked": checked,
     }
+
+
+def _said(job: GgufExport, same: set[str]) -> tuple[str, bool, list[str]]:
+    """What was checked, whether nothing was lost, and what to know of it. same: the tensors that kept their values."""
+    source, storage = job.source, job.storage
+    rounded = [spec.name for spec in storage.outputs
+               if spec.name in storage.types and spec.name.removesuffix(".weight") not in source.schemes]
+    if not source.schemes:
+        lossless = len(same) == len(storage.outputs) and not _inexact(source)
+    else:
+        lossless = same.issuperset(source.schemes)
+    if source.schemes and lossless:
+        notes = [f"{len(rounded)} tensors that were not quantized are rounded now: "
+                 + ", ".join(f"{name} to {storage.types[name].name}" for name in rounded[:3])] if rounded else []
+        return ("lossless: codes and scales of every quantized linear were read back and have the source's values, bit "
+                "for bit"), True, notes
+    again = len(source.schemes.keys() - same) if storage.types else 0
+    notes = [f"{again} of {len(source.schemes)} quantized linears are decoded and rounded again, as {storage.label} "
+             "cannot hold their codes or scales"] if again else []
+    return ("every tensor was read back" + ("; lossless" if lossless else f" and is the source's in {storage.label}"),
+            lossless, notes)
 
 
 def _place(source: Source, storage: Storage, out: Path | None) -> Path:
@@ -188,7 +219,14 @@ def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:
     if not torch.equal(writer.read_back(output.name).view(torch.uint8), meant.view(torch.uint8)):
         raise VerificationError(f"{output.name}: what was read back from {writer.folder} differs from what was "
                                 "written; the disk or the memory of this machine may be faulty")
-    return output.name not in job.storage.types and torch.equal(meant.to(tensor.dtype), tensor)
+    kind, linear = job.storage.types.get(output.name), output.name.removesuffix(".weight")
+    if kind is None:
+        return linear not in job.source.schemes and torch.equal(meant.to(tensor.dtype), tensor)
+    if linear not in job.source.schemes:
+        return False
+    scheme = found.load("grids", kind.name.lower()).scheme
+    values = blocks.dequantize(linear, {output.name: meant}.__getitem__, scheme, (tensor.shape[0], tensor.shape[1]))
+    return torch.equal(values, job.source.decoded(linear))
 
 
 def _inexact(source: Source) -> bool:

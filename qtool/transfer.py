@@ -16,7 +16,7 @@ from qtool.decode import Source
 from qtool.errors import InputError
 from qtool.models import outline, skeleton
 from qtool.recipe import Scheme
-from qtool.tensors import FLOATING, INPUT_SCALE, TensorSpec
+from qtool.tensors import INPUT_SCALE
 
 OTHERWISE = "(or --to hf, which keeps dense weights, or --requantize RECIPE, which rounds them again)"
 
@@ -107,7 +107,7 @@ def refuse_inexact(source: Source, dtype: torch.dtype, where: str, remedy: str) 
 def _refuse(source: Source, inexact: list[tuple[str, float]], dtype: torch.dtype, where: str, remedy: str) -> None:
     if inexact:
         linear, value = inexact[0]
-        stored, wanted = (str(one).removeprefix("torch.") for one in (_scale_spec(source, linear).dtype, dtype))
+        stored, wanted = (str(one).removeprefix("torch.") for one in (source.stored_scale(linear).dtype, dtype))
         raise InputError(
             f"{len(inexact)} of {len(source.schemes)} linears have {stored} scales that {wanted}, the scale type of "
             f"{where}, cannot hold exactly (first: {value:.9g} in {linear}), so the export would change the weights; "
@@ -126,14 +126,6 @@ def _free_scales(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     """The scales of the linears whose grid has any value of a dtype as scale; nothing else is read."""
     for linear, scheme in source.schemes.items():
         if found.load("grids", scheme.grid).FREE_SCALES:  # others are stored as the grid has them, in every format
-            yield linear, source.checkpoint.read(_scale_spec(source, linear).name)
+            yield linear, source.stored_scale(linear)
             if scheme.activations == "tensor":
                 yield linear, source.read_quantized(linear).extra[INPUT_SCALE]
-
-
-def _scale_spec(source: Source, linear: str) -> TensorSpec:
-    """The scales of a quantized linear: the first floating tensor among its own, as the file has it."""
-    assert source.format is not None
-    names = (f"{linear}.{suffix}" for suffix in source.format.SUFFIXES)
-    stored = source.checkpoint.specs
-    return next(stored[name] for name in names if name in stored and stored[name].dtype in FLOATING)

@@ -47,6 +47,11 @@ class BlockGrid:
         return len(self.levels) == 1 << self.bits and bool(torch.equal(self.levels, whole))
 
     @property
+    def plain(self) -> bool:
+        """Whether a block has one scale, for codes in equal steps."""
+        return self.uniform and self.sub == self.super
+
+    @property
     def scheme(self) -> Scheme:
         return Scheme(grid=self.name, bits=self.bits, group_size=self.super, symmetric=not self.mins)
 
@@ -86,6 +91,43 @@ class BlockGrid:
             offset = -(dmin.repeat_interleave(per, 1) * mins.float())
         return QuantizedTensor(codes, scale, zero, self.bits, self.sub, not self.mins, grid=self.name, offset=offset,
                                parts=parts)
+
+    def holding(self, tensor: QuantizedTensor) -> QuantizedTensor | None:
+        """The values of an affine tensor [N, K] in blocks of this type; None where they are not exactly such.
+
+        A type without sub-blocks has them when d, which is the scale, and the minimum, -zero point * scale, are
+        float16 numbers and the type has all codes. Groups may be wider than its blocks, which then repeat the scale.
+        """
+        if not self.plain or tensor.grid != "affine" or tensor.group_size % self.super or tensor.offset is not None:
+            return None
+        per = tensor.group_size // self.super
+        d, zero = tensor.scale.float().repeat_interleave(per, 1), tensor.zero_point.repeat_interleave(per, 1)
+        minimum = zero.double() * d.double()  # its negative
+        steps = tensor.codes if self.mins else self._without_zero(tensor)
+        if steps is None or not _is_half(d) or (self.mins and not (tensor.bits <= self.bits and _is_half(minimum))):
+            return None
+        none = torch.zeros(d.shape, dtype=torch.uint8)
+        return self.fitted(d, none, minimum.float(), torch.ones_like(none), steps)
+
+    def as_affine(self, tensor: QuantizedTensor) -> QuantizedTensor | None:
+        """The inverse, for a plain type: float16 scales; None where a minimum is no zero point times the scale."""
+        scale = tensor.scale
+        if tensor.offset is None:
+            zero = torch.full(scale.shape, -float(self.levels[0]), dtype=torch.float64)
+        else:
+            zero = torch.where(scale == 0, 0.0, (-tensor.offset.double() / scale.double()).round())
+            inside = (zero >= 0) & (zero < len(self.levels)) & (zero * scale.double() == -tensor.offset.double())
+            if not bool(inside.all()):
+                return None
+        return QuantizedTensor(tensor.codes, scale.to(torch.float16), zero.to(torch.uint8), self.bits, self.sub,
+                               tensor.offset is None)
+
+    def _without_zero(self, tensor: QuantizedTensor) -> torch.Tensor | None:
+        """uint8 codes of this type for code - zero point; None where one lies beside the levels."""
+        tile = tensor.codes.view(*tensor.zero_point.shape, -1).short() - tensor.zero_point[..., None].short()
+        codes = tile - int(self.levels[0])
+        inside = bool((codes >= 0).all()) and bool((codes < len(self.levels)).all())
+        return codes.to(torch.uint8).view_as(tensor.codes) if inside else None
 
     def encode(self, weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
         """Every weight [N, K] at the nearest value."""
@@ -204,3 +246,9 @@ def _move(integers: torch.Tensor, unit: torch.Tensor, index: int, steps: torch.T
 
 def _half(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.float16).float()
+
+
+def _is_half(value: torch.Tensor) -> bool:
+    """Whether all are float16 numbers."""
+    half = value.to(torch.float16)
+    return bool(torch.isfinite(half).all()) and bool((half.double() == value.double()).all())
