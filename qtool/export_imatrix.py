@@ -58,6 +58,7 @@ def make_export(source: Source, out: Path | None = None, text: str | None = None
     Raises InputError (or a class below it) for a model that GGUF has no names for and text that is too short.
     """
     where, target = _place(source, out), plans.choose_device(device)
+    prepare.refuse_missing_device(target)
     given = {"source": text, "samples": samples, "sequence_length": sequence_length}
     changes = {f"calibration.{key}": value for key, value in given.items() if value is not None}
     wanted = recipe.override(recipe.Recipe(), changes, "export")

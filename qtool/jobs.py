@@ -133,7 +133,7 @@ def planned(path: Path, device: str, restart: bool) -> dict[str, Any]:
             asked = recipe.load(job.recipe) if job.recipe else recipe.preset(job.method or "")
             checkpoint = prepare.open_source(job.model)
             plan = make_plan(checkpoint, recipe.override(asked, {**made.set, **job.set}, "set"), entry.out, device)
-            prepare.refuse_missing_device(plan)
+            prepare.refuse_missing_device(plan.device)
             entry.known |= _planned(prepare.dry_run(checkpoint, plan), entry.out, restart)
         except QtoolError as error:
             entry.known |= {"status": FAILED, "message": str(error)}

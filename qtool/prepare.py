@@ -71,8 +71,8 @@ def versions(device: torch.device) -> dict[str, str]:
             "device": device.type, "ops": ops.backend()}
 
 
-def refuse_missing_device(plan: Plan) -> None:
+def refuse_missing_device(device: torch.device) -> None:
     """Raise PlanError for a GPU that is not here; one may plan for it."""
-    if plan.device.type == "cuda" and (plan.device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(f"device {plan.device} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device {device} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
                         "use --device cpu")

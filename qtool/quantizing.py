@@ -85,7 +85,7 @@ def _dry_run(wanted: Wanted, checkpoint: Any, plan: Any) -> None:
     if wanted.probe and not [one for one in data["too_small"] if one["what"] != "disk"]:
         from qtool import probe
 
-        prepare.refuse_missing_device(plan)
+        prepare.refuse_missing_device(plan.device)
         with console.working("timing a block", wanted.silent):
             data |= probe.predicted(checkpoint, plan, lambda text: console.note(text, wanted.silent))
         data["too_small"] = preflight.shortfalls(plan, data)

@@ -27,7 +27,7 @@ from qtool.checkpoint.tensor_io import sha256_files
 from qtool.checkpoint.writer import INDEX, ShardWriter, write_index
 from qtool.errors import OutputError, PlanError, VerificationError
 from qtool.redo import Redo, replaced
-from qtool.workspace import Workspace, sync_folder
+from qtool.workspace import Workspace, sync
 
 KEPT = "kept tensors"  # the stage that copies what shares a file with redone tensors
 OWN = (manifest.NAME, "README.md")
@@ -45,7 +45,7 @@ def recover(out: Path) -> None:
 def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[str, Any]:
     """Returns the manifest of the output as it is then; that of an output of which this was done already as it is."""
     out, plan = redo.plan.out, redo.part
-    before_runs.refuse_missing_device(plan)
+    before_runs.refuse_missing_device(plan.device)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
     tokens = before_runs.tokens_of(redo.checkpoint, plan)
@@ -85,9 +85,9 @@ def _swap(out: Path) -> None:
     try:
         if out.exists():
             out.rename(old)
-        sync_folder(out.parent)
+        sync(out.parent)
         fresh.rename(out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise OutputError(f"{fresh} is finished but cannot take the place of {out}: {error.strerror}; the same command "
                           "tries again") from None
