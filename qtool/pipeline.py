@@ -398,4 +398,3 @@ def _worst(layers: list[dict[str, Any]]) -> tuple[str, float] | None:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
-
