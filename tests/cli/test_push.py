@@ -178,9 +178,9 @@ def test_refusals_are_one_message(failure: Any, message: str, run: Run, hub: Hub
 
 
 @pytest.mark.parametrize(("damage", "status", "message"), [
-    (lambda out: (out / "model.safetensors").write_bytes(b"x"), 1, "model.safetensors is missing, or not what was"),
-    (lambda out: (out / "tokenizer.json").unlink(), 1, "tokenizer.json is missing, or not what was written"),
-    (lambda out: (out / "README.md").unlink(), 1, "README.md is missing"),
+    (lambda out: (out / "model.safetensors").write_bytes(b"x"), 3, "model.safetensors is missing, or not what was"),
+    (lambda out: (out / "tokenizer.json").unlink(), 3, "tokenizer.json is missing, or not what was written"),
+    (lambda out: (out / "README.md").unlink(), 3, "README.md is missing"),
     (lambda out: (out / "journal.jsonl").write_text("{}"), 2, "is not finished; give the command that makes it again"),
     (lambda out: out.rename(out.with_name("out.partial")), 2, "out is not finished; give the command that makes it"),
     (lambda out: (out / "manifest.json").unlink(), 2, "manifest.json cannot be read"),
