@@ -92,7 +92,7 @@ Kv = Annotated[str | None, _option("With --memory: type of cached keys and value
 Outliers = Annotated[bool, _option("The outlier features that calibration found (--recipe llm-int8-outliers).",
                                    "--outliers")]
 Heatmap = Annotated[bool, _option("The error of every linear as a map: blocks by kinds, in colours.", "--heatmap")]
-Report = Annotated[Path | None, _option("Write a page with maps, tables, recipe and manifest (pip install qtool\\[report]).",
+Report = Annotated[Path | None, _option("Write a page with maps, tables, recipe and manifest (needs qtool\\[report]).",
                                         "--report", metavar="FILE.html")]
 Original = Annotated[str | None, _option("Measure the errors of weights and outputs against this original.",
                                           metavar="MODEL")]
