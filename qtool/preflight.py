@@ -17,8 +17,9 @@ from qtool.units import size
 
 SPARE_SAMPLES = 16  # fewer are no remedy
 LEAST_BATCH = 256  # tokens; smaller batches are no remedy
-CGROUP = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-          ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+CGROUPS = (("/sys/fs/cgroup", "memory.max", "memory.current"),
+           ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+CACHE = ("inactive_file", "active_file")  # of memory.stat: what the kernel gives back when it is wanted
 
 
 def described(plan: Plan, name: str) -> dict[str, Any]:
@@ -41,17 +42,20 @@ def available_memory() -> int | None:
     known = estimate.meminfo()
     if "MemAvailable" not in known:
         return None
-    return estimate.resident() + min(known["MemAvailable"], *_cgroup_room(), known["MemAvailable"])
+    return estimate.resident() + min([known["MemAvailable"], *_cgroup_room()])
 
 
 def _cgroup_room() -> Iterator[int]:
-    for limit, usage in CGROUP:
+    """Bytes that the container may still take, where it has a limit."""
+    for folder, limit, usage in CGROUPS:
         try:
-            texts = [Path(path).read_text(encoding="ascii").strip() for path in (limit, usage)]
+            texts = [(Path(folder) / name).read_text(encoding="ascii").strip() for name in (limit, usage)]
+            stat = (Path(folder) / "memory.stat").read_text(encoding="ascii").splitlines()
         except (OSError, UnicodeDecodeError):
             continue
         if all(text.isdigit() for text in texts):
-            yield max(int(texts[0]) - int(texts[1]), 0)
+            cached = sum(int(value) for name, value in map(str.split, stat) if name in CACHE)
+            yield max(int(texts[0]) - int(texts[1]) + cached, 0)
 
 
 def free_disk(out: Path) -> int:

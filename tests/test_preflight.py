@@ -139,3 +139,14 @@ def test_planning_for_a_gpu_that_is_not_here(model: Path, tmp_path: Path) -> Non
     assert told["samples"] == 512 and told["peak_memory"] < told["gpu_memory"] + 4e9
     with pytest.raises(PlanError, match="cuda:7 is not there"):
         pipeline.run(checkpoint, plan, Silent())
+
+
+def test_the_limit_of_a_container_counts_without_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("memory.max", "1000000"), ("memory.current", "900000"),
+                       ("memory.stat", "anon 200000\ninactive_file 600000\nactive_file 100000")):
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(preflight, "CGROUPS", ((str(tmp_path), "memory.max", "memory.current"),))
+    monkeypatch.setattr(estimate, "resident", lambda: 5)
+    assert preflight.available_memory() == 5 + 800_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (preflight.available_memory() or 0) > 10_000_000

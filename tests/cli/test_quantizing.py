@@ -1,0 +1,58 @@
+"""--dry-run with and without --probe, and --redo, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qtool import preflight
+from tests.cli.conftest import Run
+
+SMALL = ("--group-size", "32", "--samples", "4", "--sequence-length", "32")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_probe_shows_where_its_time_comes_from(run: Run, place: Path, model: Path) -> None:
+    status, out, _ = run("quantize", model, *SMALL, "--dry-run", "--probe")
+    assert status == 0 and "from block 0 in" in out and "disk, while running" in out
+    assert not [path for path in place.iterdir() if "tiny" in path.name]
+    status, out, err = run("quantize", model, *SMALL, "--dry-run", "--probe", "--json")
+    told = json.loads(out)
+    assert (status, err) == (0, "") and told["peak_memory"] >= told["probe"]["peak_memory"] > 50e6
+    assert told["too_small"] == [] and told["files"].keys() == {"model.safetensors"}
+
+
+def test_a_plan_for_too_small_a_machine_is_shown_and_fails(run: Run, place: Path, model: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "machine", lambda _: {"memory": 1 << 40, "gpu_memory": None, "disk": 1000})
+    status, out, err = run("quantize", model, *SMALL, "--dry-run", "--json")
+    assert status == 2 and [one["what"] for one in json.loads(out)["too_small"]] == ["disk"]
+    assert "this machine is too small: the run needs" in err and "choose an --out on another disk" in err
+
+
+def test_redo_on_the_command_line(run: Run, place: Path, model: Path) -> None:
+    assert run("quantize", model, *SMALL, "--out", "done", "--quiet")[0] == 0
+    words = ("quantize", model, "--out", "done", "--redo", "model.layers.1.*", "--redo", "*.2.mlp.*", "--bits", "8")
+    status, out, _ = run(*words, "--dry-run")
+    assert status == 0 and "10: int4-g32 → int8-g32" in out and "stay as they are" in out
+    status, out, _ = run(*words)
+    assert status == 0 and "Redid 10 of 21 linears" in out
+    assert run("inspect", "done", "--verify")[0] == 0
+    status, out, _ = run(*words, "--json")
+    assert status == 0 and len(json.loads(out)["redone"]) == 1
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--redo", "*"], "give its folder with --out"), (["--probe"], "--probe goes with --dry-run"),
+    (["--redo", "*", "--out", "nowhere"], "nowhere: --redo changes a finished output, and there is none"),
+    (["--redo", "*", "--out", "x", "--dry-run", "--probe"], "leave it out with --redo")])
+def test_flags_that_do_not_go_together(words: list[str], message: str, run: Run, place: Path, model: Path) -> None:
+    status, out, err = run("quantize", model, *words)
+    assert (status, out) == (2, "") and message in err
