@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtool.checkpoint import open_checkpoint, part_file
+from qtool.checkpoint import open_checkpoint, part_file, writer
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.writer import LARGE, Shard, ShardWriter, plan_shards
 from qtool.errors import OutputError, StorageError
@@ -139,7 +139,7 @@ def test_killed_while_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first = ShardWriter(tmp_path, shards)
     for name, tensor in tensors.items():
         first.write(name, tensor)
-    monkeypatch.setattr(ShardWriter, "_write_index", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(writer, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         first.finish()
     monkeypatch.undo()
