@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,9 @@ def test_native_files_stay_small(path: Path) -> None:
     assert text.count("\n") <= 400
     if "bindings" not in path.name:
         assert "torch/" not in text, f"{path.name}: only bindings know torch"
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
+    assert folders == set(listed) - {"qtool.recipes"}  # those are YAML, from a folder beside the package
