@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qtool import card, heap, manifest, pipeline, preflight, rotate
+from qtool import arithmetic, card, heap, manifest, pipeline, preflight, rotate
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
@@ -48,6 +48,8 @@ def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[
     before_runs.refuse_missing_device(plan.device)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
+    if not restart:
+        arithmetic.resume(_beside(out)[0])
     tokens = before_runs.tokens_of(redo.checkpoint, plan)
     identity = before_runs.identity_of(redo.checkpoint, plan, tokens)
     entry = {**redo.asked, "calibration": identity["calibration"], "versions": identity["versions"]}
