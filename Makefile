@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build browser demo test test-loaders test-ray test-gpu check bench clean
+.PHONY: help build browser demo test test-trust test-loaders test-ray test-gpu check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ test: $(READY) browser  ## the tests (no network, no GPU)
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
 	bash loaders/setup.sh gptqmodel llamacpp mlx onnx vllm
 	$(BIN)/python -m pytest -m loaders tests/loaders
+
+test-trust: $(READY)  ## the long tests that try to break it: killed, starved, lied to (docs/reliability.md)
+	$(BIN)/python -m pytest -m trust tests/trust
 
 test-ray: $(READY)  ## jobs on a local Ray cluster of two nodes, one of them killed
 	bash loaders/setup.sh ray

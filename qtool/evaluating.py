@@ -81,14 +81,15 @@ def evaluated(asked: Asked) -> dict[str, Any]:
     with console.working(f"reading {asked.paths[0]}", asked.quiet):
         from torch import float32
 
-        from qtool import evaluate
+        from qtool import evaluate, footprint
         from qtool.decode import open_model
         from qtool.evaluate import beside, cache, tasks
 
         models = [open_model(path, gguf_dtype=float32) for path in asked.paths]
         base = open_model(asked.against, gguf_dtype=float32) if asked.against else None
         wanted = beside.Wanted(asked.memory_context, asked.memory_batch or 1, asked.speed, None)
-        beside.refuse([*models, *([base] if base else [])], wanted)
+        if wanted.memory_context is not None:
+            footprint.refuse_empty(wanted.memory_context, wanted.memory_batch)
     if asked.tasks:
         with console.working("fetching tasks", asked.quiet):
             names = [name.strip() for name in asked.tasks.split(",") if name.strip()]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import qtool
-from qtool import arithmetic, footprint, inspect, manifest, prepare, recipe
+from qtool import arithmetic, devices, footprint, inspect, manifest, prepare, recipe
 from qtool import plan as plans
 from qtool.checkpoint.imatrix import gathered, placed, write_imatrix
 from qtool.decode import Source
@@ -57,8 +57,7 @@ def make_export(source: Source, out: Path | None = None, text: str | None = None
 
     Raises InputError (or a class below it) for a model that GGUF has no names for and text that is too short.
     """
-    where, target = _place(source, out), plans.choose_device(device)
-    prepare.refuse_missing_device(target)
+    where, target = _place(source, out), devices.refuse_missing(devices.named(device))
     given = {"source": text, "samples": samples, "sequence_length": sequence_length}
     changes = {f"calibration.{key}": value for key, value in given.items() if value is not None}
     wanted = recipe.override(recipe.Recipe(), changes, "export")

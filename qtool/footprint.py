@@ -36,7 +36,8 @@ def inference(source: Source, context: int, batch: int, kv_dtype: str | None = N
     context, batch, kv_dtype, and notes (what the figures leave out). Where the cache of the family is not known,
     kv_cache and total are None and a note says why. Raises InputError.
     """
-    kv_dtype = _checked(source, context, batch, kv_dtype)
+    refuse_empty(context, batch)
+    kv_dtype = _cache_dtype(source, kv_dtype)
     notes: list[str] = []
     values: dict[str, Any] = source.config
     cache: int | None = None
@@ -114,9 +115,13 @@ def activations(source: Source, values: Mapping[str, Any], context: int, batch: 
     return min(batch * context, CHUNK) * (2 * hidden + per_token) * size + batch * vocabulary * (size + 4)
 
 
-def _checked(source: Source, context: int, batch: int, kv_dtype: str | None) -> str:
+def refuse_empty(context: int, batch: int) -> None:
+    """Raise InputError for a context or batch that is none."""
     if context < 1 or batch < 1:
         raise InputError(f"--context {context} --batch {batch}: both are at least 1")
+
+
+def _cache_dtype(source: Source, kv_dtype: str | None) -> str:
     if kv_dtype is not None and kv_dtype not in BITS:
         raise InputError(f"a cache in '{kv_dtype}' is not known; use one of {', '.join(BITS)}")
     scales = getattr(source.format, "KV_SCALES", ("",))[0]

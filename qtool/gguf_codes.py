@@ -68,7 +68,8 @@ class _Codes(Source):
         return self.read_quantized(linear_name).scale
 
     def obstacle(self, linear_name: str) -> str | None:
-        return NO_ZERO_POINTS if self._quantized(linear_name) is None else None
+        exact = not found.load("grids", self._kinds[linear_name]).mins or self._quantized(linear_name) is not None
+        return None if exact else NO_ZERO_POINTS
 
     def _quantized(self, linear_name: str) -> QuantizedTensor | None:
         assert self.checkpoint.fetch_blocks is not None and self.format is not None

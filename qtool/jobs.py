@@ -122,7 +122,8 @@ def _listed(data: Any) -> Any:
 
 def planned(path: Path, device: str, restart: bool) -> dict[str, Any]:
     """Plan every job, in this process; returns the summary, in which those that can run are "waiting"."""
-    from qtool import prepare  # it and what it imports take seconds, and memory that a waiting process need not hold
+    # what is imported takes seconds, and memory that a waiting process need not hold
+    from qtool import devices, prepare
     from qtool.outputs import make_plan
 
     began, made = time.monotonic(), load(path)
@@ -133,7 +134,7 @@ def planned(path: Path, device: str, restart: bool) -> dict[str, Any]:
             asked = recipe.load(job.recipe) if job.recipe else recipe.preset(job.method or "")
             checkpoint = prepare.open_source(job.model)
             plan = make_plan(checkpoint, recipe.override(asked, {**made.set, **job.set}, "set"), entry.out, device)
-            prepare.refuse_missing_device(plan.device)
+            devices.refuse_missing(plan.device)
             entry.known |= _planned(prepare.dry_run(checkpoint, plan), entry.out, restart)
         except QtoolError as error:
             entry.known |= {"status": FAILED, "message": str(error)}

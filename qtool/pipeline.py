@@ -72,8 +72,7 @@ class Progress(Protocol):
 def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = False) -> dict[str, Any]:
     """Quantize; returns the manifest. Raises what the plan could not foresee; then OUT.partial/ can be continued."""
     refuse_existing(plan.out)
-    prepare.refuse_missing_device(plan.device)
-    preflight.refuse_too_small(plan)
+    preflight.refuse(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
     if not restart:

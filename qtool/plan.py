@@ -6,7 +6,6 @@ shape and dtype. Running it is then a plain loop (pipeline.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from qtool import budget, estimate, found, plan_gguf, rotate
+from qtool import budget, devices, estimate, found, plan_gguf, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
 from qtool.formats import stored_bytes
@@ -159,7 +158,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
 
     Raises RecipeError, ModelError, CheckpointError or PlanError before anything has been written.
     """
-    target = choose_device(device)
+    target = devices.named(device)
     format_ = found.load("formats", recipe.format)
     plan_gguf.refuse(recipe)
     steps = tuple(_step(entry) for entry in recipe.steps)
@@ -235,15 +234,6 @@ def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:
     """The largest share that one of the steps asks for."""
     asking = [options for module, options in steps if getattr(module, "NEEDS_FLOAT_STREAM", False)]
     return max((options.share for options in asking), default=0.0)
-
-
-def choose_device(name: str) -> torch.device:
-    """What --device means. Raises PlanError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise PlanError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:1")
-    return torch.device(name)
 
 
 def _step(entry: dict[str, dict[str, Any]]) -> tuple[ModuleType, Any]:

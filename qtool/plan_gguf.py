@@ -11,6 +11,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.decode import Source
 from qtool.errors import PlanError
 from qtool.mixtures import EMBEDDING, OUTPUT, Shape, choose, role_of
+from qtool.models import outline
 from qtool.models.skeleton import Skeleton, config_values
 from qtool.recipe import Recipe, Scheme
 from qtool.stages import LinearPlan
@@ -38,7 +39,8 @@ def described(checkpoint: Checkpoint | Source, skeleton: Skeleton) -> GgufModel:
     """What the file will say beside its tensors. Raises PlanError for a model that GGUF cannot hold."""
     from qtool.checkpoint.gguf_metadata import describe  # needs gguf and a tokenizer
 
-    values = config_values(checkpoint.directory, checkpoint.config, checkpoint.specs)
+    values = outline.stated(checkpoint.config) \
+        or config_values(checkpoint.directory, checkpoint.config, checkpoint.specs)
     return describe(values, checkpoint.directory, skeleton.vocabulary, checkpoint.name,
                     Path(checkpoint.origin) if checkpoint.kind == NAME else None)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qtool import container, estimate
+from qtool import container, devices, estimate
 from qtool.errors import PlanError
 from qtool.plan import Plan, work_of
 from qtool.units import size
@@ -91,8 +91,10 @@ def message(plan: Plan, short: list[dict[str, Any]]) -> str:
                      f"{size(one['available'])} are free; {'; or '.join(one['remedies'])}" for one in short)
 
 
-def refuse_too_small(plan: Plan) -> None:
-    """Raise PlanError where the disk has too little room for the run, or the machine can never have the memory."""
+def refuse(plan: Plan) -> None:
+    """Raise PlanError where the disk has too little room for the run, or the machine can never have the memory;
+    InputError where the device is missing."""
+    devices.refuse_missing(plan.device)
     known = estimate.meminfo()
     for one in shortfalls(plan):
         if one["what"] != "memory" or one["needed"] > known.get("MemTotal", one["needed"]) + known.get("SwapTotal", 0):

@@ -11,7 +11,7 @@ import torch
 import qtool
 from qtool import arithmetic, duration, formats, manifest, ops, outputs, preflight, workspace
 from qtool.checkpoint import Checkpoint, open_checkpoint
-from qtool.errors import InputError, PlanError
+from qtool.errors import InputError
 from qtool.models import calibration
 from qtool.plan import Plan
 
@@ -69,10 +69,3 @@ def versions(device: torch.device) -> dict[str, str]:
     """Of everything that computes."""
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"),
             "device": device.type, "ops": ops.backend()}
-
-
-def refuse_missing_device(device: torch.device) -> None:
-    """Raise PlanError for a GPU that is not here; one may plan for it."""
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(f"device {device} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
-                        "use --device cpu")

@@ -79,13 +79,13 @@ def redo(wanted: Wanted, given: flags.Given, patterns: list[str]) -> None:
 
 def _dry_run(wanted: Wanted, checkpoint: Any, plan: Any) -> None:
     """Show the plan, with --probe after timing a block of it. Raises PlanError where the machine is too small."""
-    from qtool import preflight, prepare
+    from qtool import devices, preflight, prepare
 
     data = prepare.dry_run(checkpoint, plan)
     if wanted.probe and not [one for one in data["too_small"] if one["what"] != "disk"]:
         from qtool import probe
 
-        prepare.refuse_missing_device(plan.device)
+        devices.refuse_missing(plan.device)
         with console.working("timing a block", wanted.silent):
             data |= probe.predicted(checkpoint, plan, lambda text: console.note(text, wanted.silent))
         data["too_small"] = preflight.shortfalls(plan, data)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qtool import arithmetic, card, heap, manifest, pipeline, preflight, rotate
+from qtool import arithmetic, card, devices, heap, manifest, pipeline, preflight, rotate
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
@@ -45,7 +45,7 @@ def recover(out: Path) -> None:
 def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[str, Any]:
     """Returns the manifest of the output as it is then; that of an output of which this was done already as it is."""
     out, plan = redo.plan.out, redo.part
-    before_runs.refuse_missing_device(plan.device)
+    devices.refuse_missing(plan.device)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
     if not restart:

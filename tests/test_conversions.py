@@ -52,10 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("conversions")
     tiny.make(folder / "model", "llama", hidden_size=128, intermediate_size=256, num_hidden_layers=1, head_dim=64,
               num_attention_heads=2)
-    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model" / "model.safetensors").items()}
-    save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "model" / "config.json").read_text())
-    (folder / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    tiny.in_float16(folder / "model")
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from qtool import decode, export, export_gguf, found
 from qtool.checkpoint.gguf_families import gguf_name, written_as
@@ -38,10 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codes")
     tiny.make(folder / "model", FAMILY, hidden_size=128, intermediate_size=256, num_hidden_layers=1, head_dim=64,
               num_attention_heads=2)
-    tensors = {name: tensor.half() for name, tensor in load_file(folder / "model" / "model.safetensors").items()}
-    save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "model" / "config.json").read_text())
-    (folder / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    tiny.in_float16(folder / "model")
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qtool import container, estimate, pipeline, preflight, prepare, probe, recipe
 from qtool.checkpoint import open_checkpoint
-from qtool.errors import PlanError
+from qtool.errors import InputError, PlanError
 from qtool.outputs import make_plan
 from qtool.plan import Plan
 from tests import tiny
@@ -123,11 +123,11 @@ def test_a_run_is_refused_only_for_memory_that_never_was(model: Path, tmp_path: 
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = planned(model, tmp_path / "out")
     small_machine(monkeypatch, memory=plan.peak_memory - 1)
-    preflight.refuse_too_small(plan)
+    preflight.refuse(plan)
     assert "memory is short" in preflight.notes(plan)[0]
     monkeypatch.setattr(estimate, "meminfo", lambda: {"MemTotal": plan.peak_memory - 1, "SwapTotal": 0})
     with pytest.raises(PlanError, match="too small"):
-        preflight.refuse_too_small(plan)
+        preflight.refuse(plan)
 
 
 def test_planning_for_a_gpu_that_is_not_here(model: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_planning_for_a_gpu_that_is_not_here(model: Path, tmp_path: Path) -> Non
     told = prepare.dry_run(checkpoint, plan)
     assert told["gpu_memory"] > 4 * 512**2 and told["seconds"] is None and told["temporary"]["parts"] == 0
     assert told["samples"] == 512 and told["peak_memory"] < told["gpu_memory"] + 4e9
-    with pytest.raises(PlanError, match="cuda:7 is not there"):
+    with pytest.raises(InputError, match="cuda:7 is not there"):
         pipeline.run(checkpoint, plan, Silent())
 
 

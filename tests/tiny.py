@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 512
 TEXT = (
@@ -97,3 +98,12 @@ def tokenizer(bos: bool = False) -> Any:
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def in_float16(path: Path) -> Path:
+    """Store the checkpoint in the folder `path`, of one file, in float16."""
+    stored = path / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(stored).items()}, stored, {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    return path

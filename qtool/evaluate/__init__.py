@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from qtool import heap, inspect
+from qtool import devices, heap, inspect
 from qtool.decode import Source
 from qtool.errors import CalibrationError, InputError, NumericalError
 from qtool.evaluate import cache, describe, measure, predictions
 from qtool.models import calibration, skeleton, tokenizer
 from qtool.models.calibration import CalibrationTokens
-from qtool.models.whole import place_of
 from qtool.recipe import Calibration
 
 SCHEMA = 2  # 1: one model, its figures against the base beside it
@@ -38,7 +37,7 @@ def evaluate(models: Sequence[Source], against: Source | None = None, text: str 
     stream: one block in memory at a time, or the whole model; None: as there is memory.  kept_in: a folder in which the
     base's part is kept for the next time. Raises InputError, CalibrationError, ModelError, NumericalError.
     """
-    place = place_of(device)
+    place = devices.refuse_missing(devices.named(device))
     sources = [*([against] if against is not None else []), *models]
     refuse(sources, windows, context)
     built = [skeleton.build(one.directory, one.config, one.specs) for one in sources]

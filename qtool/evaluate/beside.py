@@ -24,12 +24,6 @@ class Wanted:
     tasks: tasks.Tasks | None = None
 
 
-def refuse(sources: Sequence[Source], wanted: Wanted) -> None:
-    """Raise InputError for a context or batch that is none."""
-    for source in sources if wanted.memory_context is not None else ():
-        footprint.inference(source, wanted.memory_context or 0, wanted.memory_batch)
-
-
 def add(result: dict[str, Any], models: Sequence[Source], base: Source | None, wanted: Wanted, step: Step) -> None:
     """Put `memory`, `speed` and `tasks` into the rows of an evaluation, and into its notes what could not be had.
 

@@ -33,16 +33,17 @@ def measure(source: Source, device: torch.device, prompt_tokens: int = 512, new_
     kernels: what ran it: "native" (runtime/decoder.py) or "transformers", with linears that hold packed weights.
     reason: why it was not native, or None. Raises InputError, ModelError.
     """
-    bones = skeleton.build(source.directory, source.config, source.specs)
     positions = source.config.get("max_position_embeddings")
     prompt, new = _fitting(prompt_tokens, new_tokens, positions if isinstance(positions, int) else None)
-    ids = torch.randint(bones.vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).to(device)
     decoder, reason = open_decoder(source, prompt + new, rounded) if device.type == "cpu" else (None, "not on a CPU")
     if decoder is not None:
-        first, rest = timed(functools.partial(_native, decoder), ids, new)
+        generate, vocabulary = functools.partial(_native, decoder), len(decoder.embedding)
     else:
-        model = fill(bones, source, device)
-        first, rest = timed(functools.partial(_with_transformers, model), ids, new)
+        bones = skeleton.build(source.directory, source.config, source.specs)
+        vocabulary = bones.vocabulary
+        generate = functools.partial(_with_transformers, fill(bones, source, device))
+    ids = torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(0)).to(device)
+    first, rest = timed(generate, ids, new)
     return {"prompt_tokens": prompt, "new_tokens": new, "prompt_tokens_per_s": prompt / first,
             "tokens_per_s": (new - 1) / rest, "first_token_s": first,
             "kernels": "transformers" if decoder is None else "native", "reason": reason or None}

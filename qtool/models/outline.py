@@ -23,6 +23,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MAX_TOKENIZER_BYTES = 64 << 20
 COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 MAYBE_COUNTS = ("num_key_value_heads", "head_dim")
+STATED = (*COUNTS, "num_key_value_heads", "max_position_embeddings")
+SLIDING = {"mistral": ("sliding_window",), "qwen2": ("use_sliding_window",),  # that the class would fill in
+           "qwen3": ("use_sliding_window", "head_dim")}
 
 
 def build(directory: Path, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Skeleton | None:
@@ -46,6 +49,28 @@ def build(directory: Path, config: Mapping[str, Any], specs: Mapping[str, Tensor
         head=None if tied else "lm_head", embeddings=("model.embed_tokens.weight",), routers=(), expert_layers=(),
         ignored=(), hidden=config["hidden_size"], vocabulary=config["vocab_size"],
         dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32, model_type=str(family))
+
+
+def stated(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What skeleton.config_values would give of this config.json, as far as a model computes with it; None where that
+    is not certain, because it leaves out what its class has a default for, or has another kind of value there."""
+    family, rope = str(config.get("model_type")), config.get("rope_parameters")
+    if family not in FAMILIES or not all(_is_count(config.get(key)) for key in STATED):
+        return None
+    if rope is None:  # as before transformers 5
+        rope = {"rope_theta": config.get("rope_theta"), "rope_type": "default"}
+    elif "rope_theta" in config:
+        return None
+    usual = isinstance(rope, Mapping) and set(rope) == {"rope_theta", "rope_type"} and rope["rope_type"] == "default"
+    numbers = usual and all(isinstance(one, int | float) for one in (rope["rope_theta"], config.get("rms_norm_eps")))
+    if not numbers or not isinstance(config.get("hidden_act"), str) or config.get("rope_scaling"):
+        return None
+    if not all(key in config for key in SLIDING.get(family, ())) or config.get("use_sliding_window"):
+        return None
+    if not all(config.get(key) is None or _is_count(config[key]) for key in ("head_dim", "sliding_window")):
+        return None
+    window = {"sliding_window": None} if "use_sliding_window" in config else {}
+    return {**config, "rope_parameters": dict(rope), **window}
 
 
 def _is_count(value: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qtool.errors import InputError, ModelError
+from qtool.errors import ModelError
 from qtool.models.blocks import Read, fill, load_block
 from qtool.models.inputs import multiply_codes, round_inputs
 from qtool.models.kv import round_cache
@@ -73,16 +73,3 @@ def generation_defaults(model: nn.Module, directory: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]
         except (OSError, ValueError) as error:
             raise ModelError(f"{directory}/generation_config.json: transformers cannot read it: {error}") from None
-
-
-def place_of(name: str) -> torch.device:
-    """The device called `name`: auto, cpu, cuda, cuda:1. Raises InputError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:1")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices are visible); "
-                         "use --device cpu")
-    return torch.device(name)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool import decode
+from qtool import decode, devices
 from qtool.decode import Source
 from qtool.formats import gguf
 from qtool.grids import ggml
 from qtool.models import skeleton as skeletons
 from qtool.models.skeleton import Skeleton
-from qtool.models.whole import generation_defaults, load_model, place_of
+from qtool.models.whole import generation_defaults, load_model
 from qtool.ops.packed import pack_dense
 from qtool.runtime import weights
 from qtool.runtime.linear import PackedLinear, stored_linear
@@ -45,7 +45,7 @@ def load(path: str, device: str = "auto", dtype: torch.dtype | None = None) -> n
     """
     source = decode.open_model(path)
     bones = skeletons.build(source.directory, source.config, source.specs)
-    return fill(bones, source, place_of(device), dtype)
+    return fill(bones, source, devices.refuse_missing(devices.named(device)), dtype)
 
 
 def fill(bones: Skeleton, source: Source, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:

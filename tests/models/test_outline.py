@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.checkpoint.gguf_metadata import describe
 from qtool.models import outline, skeleton
 from qtool.tensors import TensorSpec
 from tests import tiny
@@ -95,3 +96,38 @@ def test_wrong_weights_still_have_their_message(tmp_path: Path) -> None:
     assert outline.build(loaded.directory, loaded.config, specs) is None
     with pytest.raises(skeleton.ModelError, match=r"model\.norm\.weight has shape \[3\]"):
         skeleton.build(loaded.directory, loaded.config, specs)
+
+
+@pytest.mark.parametrize("family", outline.FAMILIES)
+def test_stated_values_are_those_of_transformers(checkpoint, family: str) -> None:
+    """Of what a GGUF file says: with the values of the config's class, and with those that config.json states."""
+    loaded = checkpoint(family)
+    found = outline.stated(loaded.config)
+    assert found is not None
+    full = skeleton.config_values(loaded.directory, loaded.config, specs_of(loaded.weights))
+    for values in (found, outline.stated(as_before(loaded.config))):
+        assert values is not None
+        rows, name = loaded.config["vocab_size"], "model"
+        ours, theirs = (describe(one, loaded.directory, rows, name) for one in (values, full))
+        assert {key: value.value for key, value in ours.keys.items()} \
+            == {key: value.value for key, value in theirs.keys.items()}
+        assert ours.notes == theirs.notes and (ours.heads, ours.kv_heads) == (theirs.heads, theirs.kv_heads)
+
+
+def as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json as transformers wrote it before version 5."""
+    rope = config["rope_parameters"]
+    return {**{key: value for key, value in config.items() if key != "rope_parameters"},
+            "rope_theta": rope["rope_theta"], "rope_scaling": None}
+
+
+@pytest.mark.parametrize("change", [
+    {"num_key_value_heads": None}, {"num_key_value_heads": "3"}, {"rms_norm_eps": None}, {"rms_norm_eps": "tiny"},
+    {"rope_theta": 1e4}, {"rope_parameters": None}, {"hidden_act": None}, {"max_position_embeddings": True},
+    {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, {"head_dim": -1},
+    {"rope_parameters": ["rope_theta", "rope_type"]}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"model_type": "gemma"}, {"use_sliding_window": True}, {"sliding_window": 0},
+], ids=str)
+def test_values_that_are_not_stated_are_left_to_transformers(checkpoint, change: dict[str, Any]) -> None:
+    config = checkpoint("llama").config
+    assert outline.stated(config) is not None and outline.stated({**config, **change}) is None
