@@ -4,7 +4,7 @@
 # DATA: folder with the WikiText-2 files. MODEL: a directory whose rows are multiples of 256, so that K-quants apply.
 # LLAMACPP names the Python that has llama-cpp-python. SAMPLES x 512 tokens calibrate both; WINDOWS evaluate.
 # Plain conversion is measured from the same input both ways: from a BF16 GGUF file (plain-gguf and llama.cpp-plain), and,
-# where CONVERT names llama.cpp's convert_hf_to_gguf.py, from safetensors (plain and llama.cpp-whole).
+# where CONVERT names llama.cpp's convert_hf_to_gguf.py, from safetensors (plain and llama.cpp-whole). PLAIN=1: that only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${1:?usage: formats.sh DATA MODEL [TYPE...]}
@@ -17,6 +17,7 @@ WORK=${WORK:-bench-work}
 LLAMACPP=${LLAMACPP:-.venv-loaders-llamacpp/bin/python}
 PYTHON=.venv/bin/python
 CONVERT=${CONVERT:-}
+PLAIN=${PLAIN:-}
 mkdir -p "$WORK"
 "$PYTHON" benchmarks/calibration_ids.py "$MODEL" "$DATA/wikitext2-valid.txt" "$WORK/ids.safetensors" --samples "$SAMPLES"
 [ -f "$WORK/imatrix.gguf" ] || "$PYTHON" benchmarks/imatrix.py "$MODEL" "$WORK/ids.safetensors" "$WORK/imatrix"
@@ -40,6 +41,7 @@ for type in $TYPES; do
     rm "$WORK/llama.cpp-whole-$type/m-bf16.gguf"
   fi
   measure "llama.cpp-plain-$type" "$LLAMACPP" benchmarks/peer_llamacpp.py "$WORK/bf16.gguf" "$WORK/llama.cpp-plain-$type/m.gguf" "$type"
+  if [ -n "$PLAIN" ]; then continue; fi
   measure "llama.cpp-$type" "$LLAMACPP" benchmarks/peer_llamacpp.py "$WORK/bf16.gguf" "$WORK/llama.cpp-$type/m.gguf" "$type" \
     --imatrix "$WORK/imatrix.safetensors"
   measure "qtool-$type" "$PYTHON" -m qtool quantize "$MODEL" --method "$type" --out "$WORK/qtool-$type" --json \
@@ -47,5 +49,6 @@ for type in $TYPES; do
   JUDGED+=("$WORK/qtool-$type" "$WORK/llama.cpp-$type" "$WORK/plain-$type")
 done
 ls -l "$WORK"/*/*.gguf
+if [ -n "$PLAIN" ]; then exit; fi
 "$PYTHON" benchmarks/side_by_side.py "$MODEL" "$DATA/wikitext2-test.txt" "$WORK/quality.json" "${JUDGED[@]}" --windows "$WINDOWS"
 cat "$WORK/quality.json"
