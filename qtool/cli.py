@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import qtool
-from qtool import console, flags
+from qtool import console, failures, flags
 from qtool import options as o
 from qtool.errors import InputError, QtoolError
 
@@ -173,9 +173,9 @@ def jobs(file: o.JobsFile, device: o.Device = "auto", ray: o.Ray = None, dry_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 1 failed, 2 bad input, 3 not verified, 130 and 143 stopped.
-
-    The only broad except."""
+    """Runs one command and exits: 0 done, 1 failed, 2 bad input, 3 not verified, 130 and 143 stopped, 141 when the
+    reader of stdout has gone. The only broad except."""
+    console.reopen()
     given = list(sys.argv[1:] if arguments is None else arguments)
     told = "--traceback" in given  # hidden; works anywhere on the line
     given = [word for word in given if word != "--traceback"]
@@ -196,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if told:
             traceback.print_exc()
         sys.exit(_explained(error, told))
+    finally:
+        console.settle()
 
 
 def _explained(error: Exception, told: bool) -> int:
@@ -203,17 +205,10 @@ def _explained(error: Exception, told: bool) -> int:
     if isinstance(error, QtoolError):
         console.error(str(error))
         return error.exit_status
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        console.error("out of memory" + (f": {text[:200]}" if text else "") + "; quantize needs less with fewer "
-                      "--samples, a smaller --set calibration.batch_tokens or memory_budget_gb, or --device cpu, and "
-                      "goes on where it stopped; eval with a shorter --context")
-        return 1
-    if isinstance(error, OSError) and error.filename is not None:
-        console.error(f"{error.filename}: {error.strerror}")
-        return 1
-    more = "" if told else "; the same command with --traceback shows where"
-    console.error(f"this is a bug in qtool: {type(error).__name__}: {text[:300]}{more}", "unexpected error")
+    text, title = failures.described(error)
+    if title == failures.BUG and not told:
+        text += "; the same command with --traceback shows where"
+    console.error(text, title)
     return 1
 
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from qtool.errors import StorageError
 from qtool.units import clock, percent, size, span
 
 if TYPE_CHECKING:
@@ -32,24 +36,78 @@ def console(stderr: bool = False) -> Console:
     """A rich console on today's sys.stdout or sys.stderr; [square brackets] in names are no markup."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+    target = cast(IO[str], Unwatched(stream)) if stderr else stream
+    return Console(file=target, width=width, markup=False, highlight=False, emoji=False)
+
+
+class Unwatched:
+    """stderr, whose reader may go or whose disk may fill up: what is said there is lost then, and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def settle() -> None:
+    """Before the end: what cannot be written goes nowhere; Python would try again and make the exit status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def reopen() -> None:
+    """Give standard streams that were closed before the start to /dev/null: their numbers would go to the first files
+    that are opened, and what a library writes to stderr would be written into these."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def show(result: RenderableType) -> None:
     """A result for people."""
-    console().print(result)
+    target = console()
+    with target.capture() as captured:
+        target.print(result)
+    show_text(captured.get())
 
 
 def show_json(result: Any) -> None:
     """A result for programs: one JSON document."""
-    sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    show_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def show_text(text: str) -> None:
-    """A result that is to go into a file as it is."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """A result as it is. Ends the program as SIGPIPE would where its reader has gone; raises StorageError."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as failure:
+        _drop(sys.stdout)
+        raise StorageError(f"the result cannot be written to stdout: {failure.strerror}; what the command wrote "
+                           "elsewhere is complete") from None
 
 
 def show_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -58,8 +116,7 @@ def show_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([["" if row.get(key) is None else row[key] for key in columns] for row in rows])
-    sys.stdout.write(text.getvalue())
-    sys.stdout.flush()
+    show_text(text.getvalue())
 
 
 def note(text: str, quiet: bool = False) -> None:
@@ -203,8 +260,9 @@ class Lines:
         return None
 
     def _line(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        target = Unwatched(sys.stderr)
+        target.write(text + "\n")
+        target.flush()
 
 
 class Silent:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, footprint, formats, found, gguf_codes, inspect, manifest, transfer
+from qtool import card, footprint, formats, found, gguf_codes, inspect, manifest, storage, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
 from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec
-from qtool.workspace import Workspace, refuse_existing, storage_error
+from qtool.workspace import Workspace, refuse_existing
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
@@ -79,6 +79,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     identity = {"export": job.target.NAME, "qtool": qtool.__version__,
                 "source": {"name": job.source.name, "files": job.source.hashes()}}
+    refuse_full_disk(job.out, sum(spec.nbytes for spec in job.outputs), job.source)
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None))
         names = list(job.source.specs)
@@ -96,6 +97,12 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
         name_files(work, writer)
         result = _finish(job, work)
     return told(job.source, job.out, result, len(job.schemes or job.source.schemes), _checked(job), _notes(job))
+
+
+def refuse_full_disk(out: Path, weights: int, source: Source) -> None:
+    """Raise PlanError where there is no room for `weights` bytes and the files beside them."""
+    storage.refuse_full(out, weights + sum(path.stat().st_size for path in source.companions()), "this export",
+                        ["choose an --out on another disk"])
 
 
 def name_files(work: Workspace, writer: ShardWriter) -> None:
@@ -193,21 +200,18 @@ def finish(work: Workspace, source: Source, files: Mapping[str, Any], record: Ma
 
     Returns the manifest: `record` with the hashes of the files.
     """
-    try:
-        for path in source.companions():
-            shutil.copyfile(path, work.folder / path.name)
-        for name, content in files.items():
-            manifest.write_json(work.folder / name, content)
-        scratch = ("journal.jsonl", "lock")
-        hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
-                  if path.name not in scratch}
-        result = {**record, "outputs": hashes}
-        (work.folder / "README.md").write_text(card.text(result, loaders), encoding="utf-8")
-        hashes["README.md"] = manifest.file_hash(work.folder / "README.md")
-        manifest.save(work.folder, result)
-        work.complete()
-    except OSError as error:
-        raise storage_error(error, work.folder) from None
+    for path in source.companions():
+        shutil.copyfile(path, work.folder / path.name)
+    for name, content in files.items():
+        manifest.write_json(work.folder / name, content)
+    scratch = ("journal.jsonl", "lock")
+    hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
+              if path.name not in scratch}
+    result = {**record, "outputs": hashes}
+    (work.folder / "README.md").write_text(card.text(result, loaders), encoding="utf-8")
+    hashes["README.md"] = manifest.file_hash(work.folder / "README.md")
+    manifest.save(work.folder, result)
+    work.complete()
     return result
 
 

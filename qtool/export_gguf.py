@@ -13,8 +13,9 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
 from qtool import footprint, found, inspect, manifest, outside, plan_gguf, recipe
+from qtool import storage as disk
 from qtool.checkpoint.gguf_header import read_gguf_header
-from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter
+from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter, file_bytes
 from qtool.checkpoint.imatrix import read_imatrix, spread
 from qtool.decode import Source
 from qtool.errors import InputError, OutputError, PlanError, VerificationError
@@ -23,7 +24,7 @@ from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
 from qtool.tensors import QuantizedTensor, TensorSpec
-from qtool.workspace import Workspace, storage_error
+from qtool.workspace import Workspace
 
 NAME = "gguf"
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -157,6 +158,8 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
     source, storage = job.source, job.storage
     identity = {"export": NAME, "type": storage.label, "importance": storage.weighed_by, "qtool": qtool.__version__,
                 "source": {"name": source.name, "files": source.hashes()}}
+    needed = file_bytes(storage.outputs, job.model, storage.types, storage.file_type)
+    disk.refuse_full(job.out, needed, "this export", ["choose an --out on another disk"])
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)
         same = set()
@@ -165,11 +168,8 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
             same |= {spec.name.removesuffix(".weight")} if _copy(job, writer, spec) else set()
         step(len(storage.outputs), len(storage.outputs), "naming and hashing the file")
         writer.finish()
-        try:
-            work.complete_file(TENSORS_NAME)
-            size, digest = job.out.stat().st_size, manifest.file_hash(job.out)
-        except OSError as error:
-            raise storage_error(error, work.folder) from None
+        work.complete_file(TENSORS_NAME)
+        size, digest = job.out.stat().st_size, manifest.file_hash(job.out)
     checked, lossless, notes = _said(job, same)
     return {
         "schema": inspect.SCHEMA, "out": str(job.out), "format": f"{NAME} {storage.label}",

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import qtool
-from qtool import arithmetic, devices, footprint, inspect, manifest, prepare, recipe
+from qtool import arithmetic, devices, footprint, inspect, manifest, prepare, recipe, storage
 from qtool import plan as plans
 from qtool.checkpoint.imatrix import gathered, placed, write_imatrix
 from qtool.decode import Source
 from qtool.errors import OutputError
 from qtool.models import blocks, calibration, importance, skeleton
 from qtool.models.streams import StreamStore, batches_for
-from qtool.workspace import Workspace, storage_error, sync
+from qtool.workspace import Workspace
 
 NAME = "imatrix"
 FILE = "imatrix.gguf"  # in the working directory
@@ -73,15 +73,16 @@ def make_export(source: Source, out: Path | None = None, text: str | None = None
 def run(job: ImatrixExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints."""
     arithmetic.resume(job.out)
+    stream = job.tokens.ids.numel() * job.skeleton.hidden * job.dtype.itemsize
+    spilled = stream if stream > _budget() else 0
+    storage.refuse_full(job.out, 2 * stream + spilled, "this export", ["choose an --out on another disk",
+                                                                     "use fewer --samples"])
     with Workspace(job.out, _identity(job)) as work, torch.inference_mode():
         sums = _measured(job, work, step)
-        try:
-            write_imatrix(work.folder / FILE, _entries(job, sums), [str(job.tokens.description["source"])],
-                          *job.tokens.ids.shape)
-            work.complete_file(FILE)
-            size, digest = job.out.stat().st_size, manifest.file_hash(job.out)
-        except OSError as error:
-            raise storage_error(error, work.folder) from None
+        write_imatrix(work.folder / FILE, _entries(job, sums), [str(job.tokens.description["source"])],
+                      *job.tokens.ids.shape)
+        work.complete_file(FILE)
+        size, digest = job.out.stat().st_size, manifest.file_hash(job.out)
     return {
         "schema": inspect.SCHEMA, "out": str(job.out), "format": NAME, "linears": len(sums), "lossless": False,
         "from": inspect.stored_name(job.source) or f"{inspect.dtype_name(job.source.dtype)} weights",
@@ -89,6 +90,11 @@ def run(job: ImatrixExport, step: inspect.Step = inspect.no_steps) -> dict[str, 
         "source_bytes": footprint.stored_bytes(job.source), "weight_bytes": size, "notes": [],
         "outputs": {job.out.name: digest}, "calibration": _text(job),
     }
+
+
+def _budget() -> int:
+    """Bytes of the stream past which it lies in a file."""
+    return int(recipe.Recipe().memory_budget_gb * 1e9)
 
 
 def _identity(job: ImatrixExport) -> dict[str, Any]:
@@ -106,8 +112,7 @@ def _measured(job: ImatrixExport, work: Workspace, step: inspect.Step) -> Sums:
     bones, count = job.skeleton, len(job.skeleton.blocks)
     stages = [*bones.blocks, *([bones.head] if bones.head else [])]
     samples, length = job.tokens.ids.shape
-    budget = int(recipe.Recipe().memory_budget_gb * 1e9)
-    store = StreamStore(samples, length, bones.hidden, job.dtype, budget, work.folder)
+    store = StreamStore(samples, length, bones.hidden, job.dtype, _budget(), work.folder)
     batches, _ = batches_for(samples, length, job.settings.batch_tokens or 0, 0.0)
     where = job.source.read, job.device, job.dtype
     arguments = blocks.capture(bones, where[0], job.tokens.ids, store, *where[1:], batches)
@@ -141,12 +146,7 @@ def _stream(work: Workspace, index: int) -> Path:
 
 def _keep(work: Workspace, index: int, sums: dict[str, torch.Tensor]) -> None:
     """Durably."""
-    path = work.folder / f"sums-{index}.safetensors"
-    try:
-        save_file(sums, path)
-        sync(path)
-    except OSError as error:
-        raise storage_error(error, work.folder) from None
+    storage.write(work.folder / f"sums-{index}.safetensors", save(sums))
 
 
 def _kept(work: Workspace, index: int, names: Mapping[str, int]) -> dict[str, torch.Tensor]:

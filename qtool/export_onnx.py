@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import export, inspect, transfer
+from qtool import export, inspect, storage, transfer
 from qtool.checkpoint.writer import Shard, ShardWriter
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -23,7 +23,7 @@ from qtool.onnx_graph import genai, weights
 from qtool.onnx_graph.builder import DATA_FILE, Graph, library
 from qtool.onnx_graph.decoder import draw
 from qtool.onnx_graph.weights import Part
-from qtool.workspace import Workspace, refuse_existing, storage_error
+from qtool.workspace import Workspace, refuse_existing
 
 NAME = "onnx"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -76,6 +76,7 @@ def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
     identity = {"export": NAME, "qtool": qtool.__version__, "onnx": library().__version__,
                 **job.settings, "source": {"name": source.name, "files": source.hashes()}}
     specs = tuple(spec for part in parts for spec in part.specs)
+    export.refuse_full_disk(job.out, sum(spec.nbytes for spec in specs), source)
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)])
         for done, part in enumerate(parts if export.WRITTEN not in work.finished else ()):
@@ -83,10 +84,7 @@ def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
             _write(part, writer)
         step(len(parts), len(parts), "naming and hashing the files")
         export.name_files(work, writer)
-        try:
-            (work.folder / genai.MODEL_FILE).write_bytes(job.graph.serialized(writer.place))
-        except OSError as error:
-            raise storage_error(error, work.folder) from None
+        storage.write(work.folder / genai.MODEL_FILE, job.graph.serialized(writer.place))
         result = export.finish(work, source, job.extra_files, _record(job), genai.LOADERS)
     return export.told(source, job.out, result, len(source.schemes), _checked(source), _notes(source))
 

@@ -1,4 +1,4 @@
-"""Keeps freed memory for the next tensor of the same size.
+"""Keeps freed memory for the next tensor of the same size; tells when there is none.
 
 The C library gives large blocks back to the system at once and gets fresh pages for the next tensor, each of which the
 kernel clears first. A forward pass that makes the same tensors for every batch spends a tenth of its time on that.
@@ -7,7 +7,10 @@ kernel clears first. A forward pass that makes the same tensors for every batch 
 from __future__ import annotations
 
 import ctypes
+import errno
 
+EXHAUSTED = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "memoryerror",
+             "failed to map segment")  # in messages of torch, C++, CUDA, Rust and the dynamic loader
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 MAPPED_FROM = 64 << 20  # bytes; larger blocks, such as weights, still go back when freed
 TRIMMED_FROM = 128 << 20
@@ -18,6 +21,19 @@ def reuse() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         mallopt(M_TRIM_THRESHOLD, TRIMMED_FROM)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in whatever way."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+            or any(word in str(error).lower() for word in EXHAUSTED))
+
+
+def raise_exhausted(error: BaseException) -> None:
+    """For handlers of what other libraries raise: memory that ran out is no fault of what they were given."""
+    if is_exhausted(error):
+        raise MemoryError(str(error)) from None
 
 
 def give_back() -> None:

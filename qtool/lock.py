@@ -42,7 +42,7 @@ def hold(path: Path) -> Iterator[Callable[[], None]]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
         os.fsync(descriptor)
-        stack.callback(os.ftruncate, descriptor, 0)  # ended in good order: the next one need not wait
+        stack.callback(_empty, descriptor)  # ended in good order: the next one need not wait
         beat = threading.Thread(target=_beat, args=(descriptor, ended), daemon=True, name="lock")
         beat.start()
         stack.callback(beat.join)
@@ -54,6 +54,11 @@ def hold(path: Path) -> Iterator[Callable[[], None]]:
                                   f"life for {STALE:.0f} s; leave it to that one")
 
         yield refuse_lost
+
+
+def _empty(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # not worth failing for: the next one can wait
+        os.ftruncate(descriptor, 0)
 
 
 def _take(descriptor: int, path: Path) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from qtool import storage
 from qtool.errors import CheckpointError, OutputError
 
 NAME = "manifest.json"
@@ -88,12 +88,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Deterministic JSON, durable before it has its name."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    storage.write(path, (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def _short(value: Any) -> str:

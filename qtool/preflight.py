@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qtool import container, devices, estimate
+from qtool import container, devices, estimate, storage
 from qtool.errors import PlanError
 from qtool.plan import Plan, work_of
 from qtool.units import size
@@ -34,7 +33,7 @@ def machine(plan: Plan) -> dict[str, Any]:
     gpu = None
     if plan.device.type == "cuda" and torch.cuda.is_available():
         gpu = torch.cuda.mem_get_info(plan.device)[0]
-    return {"memory": available_memory(), "gpu_memory": gpu, "disk": free_disk(plan.out)}
+    return {"memory": available_memory(), "gpu_memory": gpu, "disk": storage.free(plan.out)}
 
 
 def available_memory() -> int | None:
@@ -58,18 +57,6 @@ def _cgroup_room() -> Iterator[int]:
             yield max(int(texts[0]) - int(texts[1]) + cached, 0)
 
 
-def free_disk(out: Path) -> int:
-    """Bytes free where the output goes, with what an unfinished run of it has there already."""
-    partial = out.with_name(out.name + ".partial")
-    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
-    return shutil.disk_usage(standing(out)).free + there
-
-
-def standing(out: Path) -> Path:
-    """The nearest folder above the output that exists."""
-    return next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.exists())
-
-
 def shortfalls(plan: Plan, measured: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """What does not fit: `what`, bytes `needed` and `available`, and `remedies`, each of which is enough by itself.
 
@@ -86,9 +73,9 @@ def shortfalls(plan: Plan, measured: Mapping[str, Any] | None = None) -> list[di
 def message(plan: Plan, short: list[dict[str, Any]]) -> str:
     """The sentences for what does not fit."""
     names = {"memory": "memory", "gpu_memory": f"memory of {plan.device}",
-             "disk": f"disk in {standing(plan.out)}"}
-    return "\n".join(f"this machine is too small: the run needs {size(one['needed'])} of {names[one['what']]}, and "
-                     f"{size(one['available'])} are free; {'; or '.join(one['remedies'])}" for one in short)
+             "disk": f"disk in {storage.standing(plan.out)}"}
+    return "\n".join(storage.shortage("the run", one["needed"], names[one["what"]], one["available"], one["remedies"])
+                     for one in short)
 
 
 def refuse(plan: Plan) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qtool import console, container, duration, estimate, heap, pipeline, preflight, prepare, rotate
+from qtool import console, container, duration, estimate, heap, pipeline, prepare, rotate, storage
 from qtool.checkpoint.reader import Checkpoint
 from qtool.plan import Plan
 from qtool.stages import Stage
@@ -35,7 +35,7 @@ def predicted(checkpoint: Checkpoint, plan: Plan, tell: Tell) -> dict[str, Any]:
 
     Writes and reads some of the model beside the output; nothing of it stays.
     """
-    folder = preflight.standing(plan.out)
+    folder = storage.standing(plan.out)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
     with tempfile.TemporaryDirectory(prefix=f".{plan.out.name}-probe-", dir=folder) as place:

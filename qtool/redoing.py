@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from qtool import arithmetic, card, devices, heap, manifest, pipeline, preflight, rotate
+from qtool import arithmetic, card, devices, heap, manifest, pipeline, rotate, storage
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
 from qtool.checkpoint.writer import INDEX, ShardWriter, write_index
-from qtool.errors import OutputError, PlanError, VerificationError
+from qtool.errors import OutputError, VerificationError
 from qtool.redo import Redo, replaced
-from qtool.workspace import Workspace, sync
+from qtool.workspace import Workspace
 
 KEPT = "kept tensors"  # the stage that copies what shares a file with redone tensors
 OWN = (manifest.NAME, "README.md")
@@ -87,9 +87,9 @@ def _swap(out: Path) -> None:
     try:
         if out.exists():
             out.rename(old)
-        sync(out.parent)
+        storage.sync_folder(out.parent)
         fresh.rename(out)
-        sync(out.parent)
+        storage.sync_folder(out.parent)
     except OSError as error:
         raise OutputError(f"{fresh} is finished but cannot take the place of {out}: {error.strerror}; the same command "
                           "tries again") from None
@@ -109,10 +109,8 @@ def _refuse_damaged(redo: Redo) -> None:
 
 def _refuse_full_disk(redo: Redo) -> None:
     needed = sum(spec.nbytes for shard in redo.files for spec in shard.specs) + redo.plan.temporary["peak"]
-    free = preflight.free_disk(_beside(redo.plan.out)[0])
-    if free < needed:
-        raise PlanError(f"{preflight.standing(redo.plan.out)} has {free / 1e9:.1f} GB free and this redo needs "
-                        f"{needed / 1e9:.1f} GB until it is finished; make room, or redo fewer linears at a time")
+    storage.refuse_full(_beside(redo.plan.out)[0], needed, "the redo", ["redo fewer linears at a time",
+                                                                       "make room"])
 
 
 def _mixed(redo: Redo, source: Checkpoint) -> Checkpoint:

@@ -7,7 +7,6 @@ written only after everything that it speaks of is on the disk, so a kill loses 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qtool import lock, manifest
+from qtool import lock, manifest, storage
 from qtool.errors import CheckpointError, OutputError, StorageError
 
 JOURNAL = "journal.jsonl"
@@ -25,7 +24,10 @@ SCRATCH = (JOURNAL, LOCK)
 
 
 class Workspace:
-    """Use as a context manager; `finished` maps stage names to what their journal lines tell."""
+    """Use as a context manager; `finished` maps stage names to what their journal lines tell.
+
+    An OSError that nothing inside has explained leaves it as a StorageError.
+    """
 
     def __init__(self, out: Path, identity: dict[str, Any], restart: bool = False) -> None:
         self.out = out
@@ -39,21 +41,28 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from None
+            raise _unusable(error, self.folder, "cannot be made") from None
         with contextlib.ExitStack() as held:
             try:
                 self._refuse_lost = held.enter_context(lock.hold(self.folder / LOCK))
+                if self.restart:
+                    self._clear()
+                self._read_journal()
             except OSError as error:
-                raise OutputError(f"{self.folder} is not writable: {error.strerror}; choose another --out") from None
-            if self.restart:
-                self._clear()
-            self._read_journal()
+                raise _unusable(error, self.folder, "is not writable") from None
             self._held = held.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._held.close()
+        if isinstance(value, OSError):
+            raise self._explained(value) from None
+
+    def _explained(self, error: OSError) -> StorageError:
+        """Of a call that no one has an own message for: copying, naming, removing files."""
+        path = Path(error.filename2 or error.filename or self.folder)
+        return storage.failed(error, path if path.is_absolute() else self.folder, "the output")
 
     def record(self, stage: str, result: dict[str, Any]) -> None:
         """Add a finished stage; on return it will not be done again. Raises OutputError if the lock was lost."""
@@ -65,18 +74,18 @@ class Workspace:
         """Drop the scratch files and give the directory its final name."""
         for name in SCRATCH:
             (self.folder / name).unlink(missing_ok=True)
-        sync(self.folder)
+        storage.sync_folder(self.folder)
         refuse_existing(self.out)
         if self.out.exists():
             self.out.rmdir()  # empty, as just checked
         self.folder.rename(self.out)
-        sync(self.out.parent)
+        storage.sync_folder(self.out.parent)
 
     def complete_file(self, name: str) -> None:
         """Give the file `name` of the folder the name of the output, and drop the folder."""
         refuse_existing(self.out)
         (self.folder / name).rename(self.out)
-        sync(self.out.parent)
+        storage.sync_folder(self.out.parent)
         shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
@@ -109,7 +118,7 @@ class Workspace:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise storage_error(error, self.folder) from None
+            raise storage.failed(error, self.folder, "the journal") from None
 
 
 def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[str]]:
@@ -157,18 +166,8 @@ def refuse_existing(out: Path) -> None:
         raise OutputError(f"{out} exists and is not empty; remove it or choose another --out")
 
 
-def storage_error(error: OSError, place: Path) -> StorageError:
-    """The message for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(f"no room left to write in {place} ({error.strerror}); free some space and give the same "
-                            "command again: it goes on where it stopped")
-    return StorageError(f"writing in {place} failed: {error.strerror}; the same command goes on where it stopped")
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the renames in a directory, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _unusable(error: OSError, folder: Path, how: str) -> OutputError | StorageError:
+    """Why a run cannot even begin: no room, or no place for it."""
+    if error.errno in storage.FULL:
+        return storage.failed(error, folder, "the output", then=storage.AGAIN)
+    return OutputError(f"{folder} {how}: {error.strerror}; choose another --out")

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
+from qtool import storage
 from qtool.checkpoint.gguf_families import Family, gguf_name, norm_offset, permuted_heads
-from qtool.checkpoint.part_file import PartFile, has_room, storage_error, sync_folder
+from qtool.checkpoint.part_file import PartFile, has_room
 from qtool.checkpoint.tensor_io import as_bytes
 from qtool.checkpoint.writer import check_planned
 from qtool.errors import OutputError, PlanError, StorageError
@@ -83,12 +84,12 @@ class GgufWriter:
             self._places |= {name: (tensor, tensor.offset + index * each) for index, name in enumerate(tensor.parts)}
         self._file = PartFile(path, header, end, lambda: 0 if has_room(path) else end, SMALLER)
         try:
-            sync_folder(self.folder)
+            storage.sync_folder(self.folder)
             if not self._file.finished:
                 for tensor in stored:
                     if tensor.name in model.rotary:
                         self._file.write(as_bytes(model.rotary[tensor.name]), tensor.offset, tensor.name)
-        except (OutputError, StorageError):
+        except (OutputError, StorageError, OSError):
             self.close()
             raise
 
@@ -124,9 +125,9 @@ class GgufWriter:
         self.sync()
         try:
             self._file.rename()
-            sync_folder(self.folder)
+            storage.sync_folder(self.folder)
         except OSError as error:
-            raise storage_error(error, self.path, 0, "the name of the finished file", SMALLER) from None
+            raise storage.failed(error, self.path, "the name of the finished file") from None
         self.close()
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ Its GGUF file (llama-imatrix, tools/imatrix) is read and written, the older .dat
 from __future__ import annotations
 
 import math
-import os
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import BinaryIO
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from qtool import storage
 from qtool.checkpoint.gguf_families import gguf_name, written_as
 from qtool.checkpoint.gguf_header import MAX_NAME, GgufTensor, read_gguf_header
 from qtool.checkpoint.header import AGAIN, printable
-from qtool.checkpoint.part_file import PART, storage_error
 from qtool.checkpoint.tensor_io import read_tensor
 from qtool.errors import CheckpointError, PlanError
 from qtool.tensors import TensorSpec, all_finite
@@ -63,15 +62,10 @@ def write_imatrix(path: Path, entries: Mapping[str, tuple[torch.Tensor, torch.Te
         writer.write_tensors_to_file()
         writer.close()
         content = made.read_bytes()
-    part = path.with_name(path.name + PART)
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
+        storage.write(path, content)
     except OSError as error:
-        raise storage_error(error, path, len(content), "the importance matrix", "write it elsewhere") from None
+        raise storage.failed(error, path, "the importance matrix", len(content)) from None
 
 
 def gathered(inputs: Mapping[str, tuple[torch.Tensor, int]], model_type: str) -> Entries:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from qtool import storage
 from qtool.checkpoint.tensor_io import read_into, read_tensor, write_all
 from qtool.errors import OutputError, StorageError
+from qtool.storage import PART
 from qtool.tensors import TensorSpec
 
-PART = ".part"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-CONTINUES = "the same command then goes on where it stopped"
 
 
 class PartFile:
@@ -34,17 +32,19 @@ class PartFile:
     def __init__(self, path: Path, header: bytes, size: int, needed: Callable[[], int], smaller: str) -> None:
         self.path, self.smaller = path, smaller
         self.finished = path.exists()
+        self._descriptor, self._dirty = -1, not self.finished  # what a killed run wrote may not be on the disk yet
         part = path.with_name(path.name + PART)
         place = path if self.finished else part
         try:
             if not self.finished and not part.exists():
                 _create(part, header, size)
-            self._descriptor = os.open(place, (os.O_RDONLY if self.finished else os.O_RDWR) | os.O_CLOEXEC)
+            found = memoryview(bytearray(len(header)))
+            whole = read_into(self._opened(), found, 0) and found == header and place.stat().st_size == size
         except OSError as error:
-            raise storage_error(error, part, needed(), "the output", smaller) from None
-        found = memoryview(bytearray(len(header)))
-        if not read_into(self._descriptor, found, 0) or found != header or place.stat().st_size != size:
+            raise storage.failed(error, part, "the output", needed(), smaller) from None
+        finally:
             self.close()
+        if not whole:
             raise OutputError(f"{place}: holds other tensors than this run writes; use --restart to begin again, or "
                               "another --out")
 
@@ -53,14 +53,15 @@ class PartFile:
         if self.finished:
             raise OutputError(f"{self.path}: is finished; '{name}' cannot be written again")
         try:
-            write_all(self._descriptor, data, offset)
+            self._dirty = True
+            write_all(self._opened(), data, offset)
         except OSError as error:
-            raise storage_error(error, self.path, len(data), f"tensor '{name}'", self.smaller) from None
+            raise storage.failed(error, self.path, f"tensor '{name}'", len(data), self.smaller) from None
 
     def read(self, spec: TensorSpec, offset: int) -> torch.Tensor:
         """The tensor as it is in the file now (zeros where it has not been written)."""
         try:
-            tensor = read_tensor(self._descriptor, spec, offset)
+            tensor = read_tensor(self._opened(), spec, offset)
         except OSError as error:
             raise StorageError(f"{self.path}{PART}: tensor '{spec.name}' cannot be read back: "
                                f"{error.strerror}") from None
@@ -70,18 +71,29 @@ class PartFile:
 
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
-        if not self.finished:
+        if self._dirty:
             try:
-                os.fsync(self._descriptor)
+                os.fsync(self._opened())
             except OSError as error:
-                raise storage_error(error, self.path, 0, "what was written", self.smaller) from None
+                raise storage.failed(error, self.path, "what was written", smaller=self.smaller) from None
+            self._dirty = False
 
     def rename(self) -> None:
         """Give the file its name, if it has not got it. Raises OSError."""
         if not self.finished:
             self.path.with_name(self.path.name + PART).rename(self.path)
+            self.finished = True
+
+    def _opened(self) -> int:
+        """A descriptor of the file, opened if it is not."""
+        if self._descriptor < 0:
+            name = self.path.name + ("" if self.finished else PART)
+            flags = (os.O_RDONLY if self.finished else os.O_RDWR) | os.O_CLOEXEC
+            self._descriptor = os.open(self.path.with_name(name), flags)
+        return self._descriptor
 
     def close(self) -> None:
+        """Let go of the descriptor until the file is used again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
@@ -90,30 +102,6 @@ class PartFile:
 def has_room(path: Path) -> bool:
     """Whether the file or its part exists, and so has its size."""
     return path.exists() or path.with_name(path.name + PART).exists()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was created or renamed in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def storage_error(error: OSError, path: Path, needed: int, what: str, smaller: str) -> StorageError:
-    """The sentence for a failed write of `needed` bytes."""
-    if error.errno == errno.EFBIG:
-        return StorageError(f"{path}: {what} ({needed / 1e9:.3f} GB) is larger than this system lets a file be (file "
-                            f"system or ulimit -f); {smaller}")
-    if error.errno in FULL:
-        folder = next(place for place in (path, *path.parents) if place.is_dir())
-        free = shutil.disk_usage(folder).free
-        missing = max(needed - free, 0)
-        why = "the disk quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
-        return StorageError(f"{path}: {why}: {what} needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free"
-                            f"{f' ({missing / 1e9:.3f} GB are missing)' if missing else ''}; make room, {CONTINUES}")
-    return StorageError(f"{path}: {what} cannot be written: {error.strerror}; when that is mended, {CONTINUES}")
 
 
 def _create(part: Path, header: bytes, size: int) -> None:

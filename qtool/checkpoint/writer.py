@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qtool.checkpoint.part_file import PART, PartFile, has_room, storage_error, sync_folder
+from qtool import storage
+from qtool.checkpoint.part_file import PartFile, has_room
 from qtool.checkpoint.tensor_io import as_bytes
 from qtool.errors import OutputError, StorageError
 from qtool.tensors import NAMES_OF_DTYPES, TensorSpec
@@ -82,27 +82,28 @@ class ShardWriter:
         self.shards = list(shards)
         self._places: dict[str, tuple[TensorSpec, Shard, int]] = {}
         self._files: dict[str, PartFile] = {}
+        self._current: PartFile | None = None
         try:
             for shard in self.shards:
                 header = b"" if shard.bare else header_bytes(shard.specs, metadata)
                 size = self._place(shard, len(header))
                 self._files[shard.file_name] = PartFile(folder / shard.file_name, header, size, self._outstanding,
                                                         SMALLER)
-            sync_folder(folder)
-        except (OutputError, StorageError):
+            storage.sync_folder(folder)
+        except (OutputError, StorageError, OSError):
             self.close()
             raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor (any device, any strides) at its place; shape and dtype must be as planned."""
-        spec, shard, offset = self._places[name]
+        spec, file, offset = self._use(name)
         check_planned(spec, tensor)
-        self._files[shard.file_name].write(as_bytes(tensor.detach().cpu().contiguous()), offset, name)
+        file.write(as_bytes(tensor.detach().cpu().contiguous()), offset, name)
 
     def read_back(self, name: str) -> torch.Tensor:
         """The tensor as it is in the file now (zeros where it has not been written)."""
-        spec, shard, offset = self._places[name]
-        return self._files[shard.file_name].read(spec, offset)
+        spec, file, offset = self._use(name)
+        return file.read(spec, offset)
 
     def place(self, name: str) -> tuple[int, int]:
         """(offset in its file, bytes) of a tensor."""
@@ -113,6 +114,8 @@ class ShardWriter:
         """Return when everything written so far is on the disk."""
         for file in self._files.values():
             file.sync()
+            if file is not self._current:
+                file.close()
 
     def finish(self) -> None:
         """Give the files their names, write the index if there are several, close. Safe to repeat after a kill."""
@@ -123,15 +126,24 @@ class ShardWriter:
             if len(self.shards) > 1:
                 write_index(self.folder, {name: (spec.nbytes, shard.file_name)
                                           for name, (spec, shard, _) in self._places.items()})
-            sync_folder(self.folder)
+            storage.sync_folder(self.folder)
         except OSError as error:
-            raise storage_error(error, self.folder, 0, "the names of the finished files", SMALLER) from None
+            raise storage.failed(error, self.folder, "the names of the finished files") from None
         self.close()
 
     def close(self) -> None:
         """Close the files; parts stay as they are."""
         while self._files:
             self._files.popitem()[1].close()
+
+    def _use(self, name: str) -> tuple[TensorSpec, PartFile, int]:
+        """A tensor, its file and its offset there. One file is open at a time: a model may have hundreds."""
+        spec, shard, offset = self._places[name]
+        file = self._files[shard.file_name]
+        if self._current is not None and self._current is not file:
+            self._current.close()
+        self._current = file
+        return spec, file, offset
 
     def _place(self, shard: Shard, offset: int) -> int:
         """Give every tensor its offset; returns the size of the file."""
@@ -154,12 +166,7 @@ def write_index(folder: Path, tensors: Mapping[str, tuple[int, str]]) -> None:
     """The index of several files, durable before it has its name. tensors: name -> (bytes, file name)."""
     index = {"metadata": {"total_size": sum(size for size, _ in tensors.values())},
              "weight_map": {name: file for name, (_, file) in sorted(tensors.items())}}
-    part = folder / (INDEX + PART)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(folder / INDEX)
+    storage.write(folder / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def check_planned(spec: TensorSpec, tensor: torch.Tensor) -> None:

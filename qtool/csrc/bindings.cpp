@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <tuple>
 #include <vector>
 
@@ -17,10 +19,25 @@ const Kernels* active = choose_kernels("");
 
 constexpr int64_t kGrain = 16;  // rows per thread at least: the width of the widest tile
 
+// Over torch's threads. Memory that runs out in one of them is std::bad_alloc here too, and MemoryError in Python: torch
+// itself would only say that a call failed.
+template <class Part>
+void parallel(int64_t begin, int64_t end, const Part& part) {
+  std::atomic<bool> exhausted{false};
+  torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+    try {
+      part(first, last);
+    } catch (const std::bad_alloc&) {
+      exhausted = true;
+    }
+  });
+  if (exhausted) throw std::bad_alloc();
+}
+
 // Rows are split over torch's threads in whole tiles, so that the number of threads cannot matter.
 template <class Kernel, class... Arguments>
 void run(const torch::stable::Tensor&, Kernel kernel, int64_t rows, Arguments... arguments) {
-  torch::stable::parallel_for(0, (rows + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
+  parallel(0, (rows + kGrain - 1) / kGrain, [&](int64_t begin, int64_t end) {
     kernel(arguments..., begin * kGrain, end * kGrain < rows ? end * kGrain : rows);
   });
 }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from qtool import storage
 from qtool.errors import InputError
 from qtool.html_report import sections
 from qtool.html_report.charts import Charts
@@ -34,12 +35,13 @@ def refuse(path: Path) -> None:
 
 
 def write(path: Path, runs: Sequence[Run]) -> int:
-    """Write the page in one step, over an older one; returns its bytes."""
+    """Write the page in one step, over an older one; returns its bytes. Raises StorageError."""
     refuse(path)
     content = page(runs)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        storage.write(path, content)
+    except OSError as error:
+        raise storage.failed(error, path, "the page", len(content), then=storage.AGAIN) from None
     return len(content)
 
 

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from qtool import heap
 from qtool.errors import CalibrationError, ModelError
 from qtool.models import experts, families, tokenizer
 from qtool.tensors import TensorSpec
@@ -120,6 +121,7 @@ def _config(directory: Path, raw: Mapping[str, Any], specs: Mapping[str, TensorS
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except BAD_CONFIG as error:
+        heap.raise_exhausted(error)
         raise ModelError(f"{directory}/config.json: transformers cannot read it: {_short(error)}") from None
     other = [key for key in OTHER_INPUTS if getattr(config, key, None) is not None]
     if getattr(config, "is_encoder_decoder", False) or other:
@@ -140,6 +142,7 @@ def _meta_model(directory: Path, config: Any) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except BAD_CONFIG as error:
+        heap.raise_exhausted(error)
         raise ModelError(f"{directory}/config.json: transformers cannot build {config.model_type}: {_short(error)}") \
             from None
     return model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qtool import storage
 from qtool.errors import OutputError, StorageError
 from qtool.tensors import NAMES_OF_DTYPES
 
@@ -42,13 +44,12 @@ class StreamStore:
         self.row_bytes = length * hidden * dtype.itemsize
         self.spilled = samples * self.row_bytes > budget_bytes
         if self.spilled:
+            self.folder = folder or Path(tempfile.gettempdir())
             try:
-                self._file = tempfile.TemporaryFile(dir=folder, prefix="stream-")  # noqa: SIM115 - lives with the store
+                self._file = tempfile.TemporaryFile(dir=self.folder, prefix="stream-")  # noqa: SIM115 - lives with the store
                 os.posix_fallocate(self._file.fileno(), 0, samples * self.row_bytes)
             except OSError as error:
-                raise StorageError(f"{folder}: no room for {samples * self.row_bytes / 1e9:.1f} GB of activations "
-                                   f"({error}); raise memory_budget_gb, lower calibration.samples or free disk space") \
-                    from None
+                raise self._failed(error, samples * self.row_bytes) from None
         else:
             self._memory = torch.zeros(self.shape, dtype=dtype)
 
@@ -75,10 +76,14 @@ class StreamStore:
             try:
                 count = call(self._file.fileno(), [data[done:done + CHUNK]], first * self.row_bytes + done)
             except OSError as error:
-                raise StorageError(f"activations on disk: {error}; free disk space or raise memory_budget_gb") from None
+                raise self._failed(error, len(data)) from None
             if count == 0:
-                raise StorageError("activations on disk: the file ends early; it was changed by another program")
+                raise StorageError(f"{self.folder}: the file of the activations ends early; it was changed by another "
+                                   "program")
             done += count
+
+    def _failed(self, error: OSError, needed: int) -> StorageError:
+        return storage.failed(error, self.folder, "the file of the activations", needed)
 
     def copy_from(self, other: StreamStore, batches: Iterable[slice]) -> None:
         """Take over the samples in `batches` from another store of the same shape and type."""
@@ -95,7 +100,7 @@ class StreamStore:
     def save(self, path: Path) -> None:
         """Write the stream durably as a safetensors file with one tensor; `path` appears only when complete."""
         header = self._header()
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(path.name + storage.PART)
         try:
             with part.open("wb") as file:
                 file.write(len(header).to_bytes(8, "little") + header)
@@ -104,11 +109,11 @@ class StreamStore:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            storage.sync_folder(path.parent)
         except OSError as error:
-            raise StorageError(f"{path}: saving the activations failed: {error}") from None
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)  # what little room there is, is for others
+            raise storage.failed(error, path, "the activations", self.shape[0] * self.row_bytes) from None
 
     def load(self, path: Path) -> None:
         """Fill the store from a file that `save` wrote. Raises OutputError when it is of another run or damaged."""

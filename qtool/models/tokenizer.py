@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qtool import heap
 from qtool.errors import CalibrationError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
@@ -24,6 +25,7 @@ def load(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        heap.raise_exhausted(error)
         raise CalibrationError(f"{directory}: the tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") \
             from None
 
