@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, footprint, formats, found, gguf_codes, inspect, manifest, storage, transfer
+from qtool import card, digests, footprint, formats, found, gguf_codes, inspect, manifest, storage, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -195,21 +195,17 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
 
 
 def finish(work: Workspace, source: Source, files: Mapping[str, Any], record: Mapping[str, Any],
-           loaders: Sequence[tuple[str, str]]) -> dict[str, Any]:
+           loaders: Sequence[tuple[str, str]], elsewhere: Mapping[str, digests.Places] | None = None) -> dict[str, Any]:
     """The companions of the source, JSON files, card and manifest; then the directory gets its name.
 
-    Returns the manifest: `record` with the hashes of the files.
+    elsewhere: where tensors lie in files that do not say so. Returns the manifest: `record` with hashes of the files.
     """
     for path in source.companions():
         shutil.copyfile(path, work.folder / path.name)
     for name, content in files.items():
         manifest.write_json(work.folder / name, content)
-    scratch = ("journal.jsonl", "lock")
-    hashes = {path.name: manifest.file_hash(path) for path in sorted(work.folder.iterdir())
-              if path.name not in scratch}
-    result = {**record, "outputs": hashes}
-    (work.folder / "README.md").write_text(card.text(result, loaders), encoding="utf-8")
-    hashes["README.md"] = manifest.file_hash(work.folder / "README.md")
+    (work.folder / "README.md").write_text(card.text(record, loaders), encoding="utf-8")
+    result = {**record, **digests.of_folder(work.folder, elsewhere)}
     manifest.save(work.folder, result)
     work.complete()
     return result

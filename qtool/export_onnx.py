@@ -85,7 +85,8 @@ def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any
         step(len(parts), len(parts), "naming and hashing the files")
         export.name_files(work, writer)
         storage.write(work.folder / genai.MODEL_FILE, job.graph.serialized(writer.place))
-        result = export.finish(work, source, job.extra_files, _record(job), genai.LOADERS)
+        places = {DATA_FILE: [(spec.name, *writer.place(spec.name)) for spec in specs]}
+        result = export.finish(work, source, job.extra_files, _record(job), genai.LOADERS, places)
     return export.told(source, job.out, result, len(source.schemes), _checked(source), _notes(source))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qtool import console, heatmap, html_report, inspect, report
+from qtool import console, heatmap, html_report, inspect, report, verifying
 from qtool.decode import Source, open_model
-from qtool.errors import InputError, VerificationError
+from qtool.errors import CheckpointError, InputError, VerificationError
 from qtool.inspect import graph, loaders, statistics, tables
 from qtool.units import size
 
@@ -72,7 +73,7 @@ def run(asked: Asked) -> None:
     if asked.system:
         result["system"] = inspect.system()
     if asked.path is not None:
-        runs = [(_graph if graph.is_graph(path) else _inspected)(asked, path) for path in asked.paths]
+        runs = [_run(asked, path) for path in asked.paths]
         result |= {"checkpoints": [run.summary for run in runs]} if asked.several else runs[0].summary
         rows = inspect.arranged(runs[0].rows, asked.sort, asked.top)
         if asked.lists or asked.outliers:
@@ -111,6 +112,11 @@ def refuse(asked: Asked) -> None:
         html_report.refuse(asked.report)
     if asked.headers_only and not asked.lists:
         raise InputError("--headers-only goes with --layers")
+
+
+def _run(asked: Asked, path: str) -> html_report.Run:
+    look = partial(_graph if graph.is_graph(path) else _inspected, asked, path)
+    return verifying.guarded(path, look, asked.quiet) if asked.verify else look()
 
 
 def _inspected(asked: Asked, path: str) -> html_report.Run:
@@ -154,19 +160,32 @@ def _sizes(asked: Asked) -> tuple[int, int]:
 
 def _measure(asked: Asked, source: Source, rows: Rows, result: dict[str, Any]) -> None:
     """What reads the weights."""
-    if asked.against:
-        base = open_model(asked.against)
-        tokens = TOKENS if asked.tokens is None else asked.tokens
+    base, tokens = _original(asked), TOKENS if asked.tokens is None else asked.tokens
+    if base is not None:
         with console.steps("comparing", asked.quiet) as step:
             result["comparison"] = inspect.compare(source, base, rows, step, tokens)
     if (asked.lists or (asked.csv and not asked.memory)) and not asked.headers_only:
         with console.steps("measuring", asked.quiet) as step:
             statistics.add(source, rows, step)
     if asked.verify:
+        result["decoded_once"] = {}
         with console.steps("verifying", asked.quiet) as step:
-            result["problems"] = inspect.verify(source, rows, step)
+            result["problems"] = inspect.verify(source, rows, step, result["decoded_once"])
         result["loaders"] = loaders.check(source)
         result["problems"] += dict.fromkeys(problem for one in result["loaders"] for problem in one["problems"])
+        if base is not None and tokens:
+            with console.steps("predicting", asked.quiet) as step:
+                told, wrong = verifying.predictions(source, base, step)
+            result |= told
+            result["problems"] += wrong
+
+
+def _original(asked: Asked) -> Source | None:
+    """The model of --against. Raises InputError."""
+    try:
+        return open_model(asked.against) if asked.against else None
+    except CheckpointError as error:
+        raise InputError(f"--against: {error}") from None
 
 
 def _diff(asked: Asked, first: str, second: str) -> None:
@@ -190,6 +209,8 @@ def show(asked: Asked, result: Mapping[str, Any], rows: Rows) -> None:
     """As JSON, as CSV or as tables."""
     if asked.json:
         console.show_json(result)
+    elif asked.path is not None and not asked.several and "format" not in result:
+        return  # could not be opened; refuse_problems says why
     elif asked.csv and asked.memory:
         lines = [{**row, "methods": " ".join(row["methods"])} for row in result["memory"]["schemes"]]
         console.show_csv(lines, list(lines[0]))

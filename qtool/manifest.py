@@ -16,6 +16,8 @@ from qtool.errors import CheckpointError, OutputError
 NAME = "manifest.json"
 SCHEMA = 1
 MAX_BYTES = 256 << 20
+SEAL, NO_SEAL = "sha256", "0" * 64  # the last key of the file, and what it is while its value is computed
+SEAL_PLACE = slice(-68, -4)  # in the bytes of the file: before a quote, a bracket and two ends of lines
 ARITHMETIC = "arithmetic"  # what the last bits of products depend on, null where none are taken (arithmetic.py)
 
 
@@ -68,8 +70,24 @@ def file_hash(path: Path) -> str:
 
 
 def save(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write beside, then rename, so that a manifest is never half there."""
-    write_json(folder / NAME, manifest)
+    """Write beside, then rename, so that a manifest is never half there. Its last key is its seal."""
+    text = _text({**manifest, SEAL: NO_SEAL}).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    storage.write(folder / NAME, text[:SEAL_PLACE.start] + digest + text[SEAL_PLACE.stop:])
+
+
+def wrong_seal(folder: Path) -> str | None:
+    """Why the manifest is not as it was written, or None. Its seal is the sha256 of its bytes with zeros there."""
+    path = folder / NAME
+    data = path.read_bytes()
+    blank = data[:SEAL_PLACE.start] + NO_SEAL.encode() + data[SEAL_PLACE.stop:]
+    if not data[:SEAL_PLACE.start].endswith(f'"{SEAL}": "'.encode()) or data[SEAL_PLACE.stop:] != b'"\n}\n':
+        return (f"{path}: has no {SEAL} of its own at its end; it is damaged, was changed, or an older qtool wrote it: "
+                "then the command that made the output makes it anew")
+    if hashlib.sha256(blank).hexdigest().encode() != data[SEAL_PLACE]:
+        return (f"{path}: is not as it was written (its bytes do not have the {SEAL} at its end), so nothing can be "
+                "held against it; fetch it again, or make the output anew")
+    return None
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -83,12 +101,17 @@ def load(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}; was this directory written by qtool?") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: not a manifest of schema {SCHEMA}")
+    data.pop(SEAL, None)
     return data
 
 
 def write_json(path: Path, data: Any) -> None:
     """Deterministic JSON, durable before it has its name."""
-    storage.write(path, (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    storage.write(path, _text(data).encode())
+
+
+def _text(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _short(value: Any) -> str:

@@ -87,7 +87,7 @@ def together(folder: Path, identity: Mapping[str, Any], results: Mapping[str, di
     """The manifest over several outputs, one folder each: their layers and files with the output's name before them."""
     layers = [{**layer, "name": f"{name}/{layer['name']}"} for name, one in results.items() for layer in one["layers"]]
     files = {f"{name}/{file}": manifest.file_hash(folder / name / file)
-             for name, one in results.items() for file in [*one["outputs"], "README.md", manifest.NAME]}
+             for name, one in results.items() for file in [*one["outputs"], manifest.NAME]}
     sizes = [one["totals"] for one in results.values()]
     totals = manifest.totals(layers, sizes[0]["parameters"], sum(one["weight_bytes"] for one in sizes),
                              sizes[0]["source_bytes"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qtool import found, quality
+from qtool import digests, found, quality
 from qtool.checkpoint.reader import Checkpoint
 from qtool.container import Writer
 from qtool.errors import NumericalError, VerificationError
@@ -59,22 +59,24 @@ def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearP
     grid, name = found.load("grids", linear.scheme.grid), f"{linear.stored}.weight"
     spec, = plan.format.layout(linear.stored, linear.shape, linear.scheme, plan.model_dtype)
     packed = torch.empty(spec.shape, dtype=spec.dtype)
-    lost = energy = 0.0
+    lost, energy, values = 0.0, 0.0, digests.Values()
     for chunk in rounded(plan.format, linear.stored, linear.shape, linear.scheme, plan.model_dtype,
                          lambda start, stop: checkpoint.read_rows(name, start, stop), rtn.Options()):
         dense, shape = grid.decode(chunk.quantized), (chunk.stop - chunk.start, linear.shape[1])
-        again = plan.format.unpack(linear.stored, {name: chunk.packed}.__getitem__, linear.scheme, shape)
-        if not torch.equal(grid.decode(again), dense):
+        stored = plan.format.unpack(linear.stored, {name: chunk.packed}.__getitem__, linear.scheme, shape)
+        again = grid.decode(stored)
+        if not torch.equal(again, dense):
             raise VerificationError(f"{linear.stored}: {linear.scheme.grid} does not give back what was packed; this "
                                     f"is a bug in format {plan.format.NAME}")
         packed[chunk.start:chunk.stop] = chunk.packed
+        values.add(again)
         lost += float((chunk.weight - dense).double().square().sum())
         energy += float(chunk.weight.double().square().sum())
     writer.write(name, packed)
     if not torch.equal(writer.read_back(name), packed):
         raise VerificationError(f"{linear.stored}: what was read back differs from what was written; the disk or the "
                                 "memory of this machine may be faulty")
-    return _record(plan, linear, lost / energy if energy else 0.0)
+    return {**_record(plan, linear, lost / energy if energy else 0.0), "values_sha256": values.sha256}
 
 
 def _record(plan: Plan, linear: LinearPlan, error: float) -> dict[str, Any]:

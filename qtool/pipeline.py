@@ -29,6 +29,7 @@ from qtool import (
     arithmetic,
     card,
     container,
+    digests,
     estimate,
     formats,
     found,
@@ -245,7 +246,7 @@ def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats
             quantized = replace(quantized, extra={**quantized.extra, INPUT_SCALE: input_scales[linear.name]})
         dense = found.load("grids", linear.scheme.grid).decode(quantized)
         record = _measure(plan, linear, layer, slice(start, stop), dense, len(group))
-        _write_linear(job, linear, quantized, dense)
+        record["values_sha256"] = _write_linear(job, linear, quantized, dense)
         if block is not None:
             _linear_of(block, plan, linear).weight.copy_(dense.to(plan.model_dtype))
         job.progress.linear(linear.name, record["relative_error"])
@@ -279,16 +280,18 @@ def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: t
     }
 
 
-def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dense: torch.Tensor) -> None:
-    """Pack and write one linear, then decode what the file really has and hold it against what was meant."""
+def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dense: torch.Tensor) -> str:
+    """Pack and write one linear, then decode what the file really has, hold it against what was meant; its digest."""
     here = torch.device("cpu")
     quantized = quantized.to(here)
     for name, tensor in job.plan.format.pack(linear.stored, quantized, job.plan.model_dtype).items():
         job.writer.write(name, tensor)
-    again = job.plan.format.unpack(linear.stored, job.writer.read_back, linear.scheme, linear.shape)
-    if not torch.equal(found.load("grids", linear.scheme.grid).decode(again), dense.to(here)):
+    stored = job.plan.format.unpack(linear.stored, job.writer.read_back, linear.scheme, linear.shape)
+    again: torch.Tensor = found.load("grids", linear.scheme.grid).decode(stored)
+    if not torch.equal(again, dense.to(here)):
         raise VerificationError(f"{linear.stored}: what was read back from {job.writer.folder} differs from what was "
                                 "written; the disk or the memory of this machine may be faulty")
+    return digests.of_values(again)
 
 
 def _copy(job: Job, name: str, weights: dict[str, torch.Tensor]) -> None:
@@ -352,18 +355,15 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
         files = {"config.json": config, **plan.format.extra_files(config.get("quantization_config", {}))}
         for name, content in files.items():
             manifest.write_json(folder / name, content)
-    scratch = {"journal.jsonl", "lock"}
-    hashes = {path.name: manifest.file_hash(path) for path in sorted(folder.iterdir())
-              if path.is_file() and path.name not in scratch and not path.name.startswith("stream-")}
     parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
     shared = outputs.solved_on(plan, first) if first.others else {}
     result = {**work.identity, "recipe": plan.recipe.model_dump(mode="json"), **shared, "format": plan.format.NAME,
               "layers": layers, "rotation": rotate.describe(plan.rotated),
-              "kept": [{"name": name, "reason": reason} for name, reason in plan.kept], "outputs": hashes,
+              "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
               "allocation": work.finished.get(sensitivity.STAGE, {}).get("allocation"),
               "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
-    text = card.text(result, plan.format.LOADERS)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card.text(result, plan.format.LOADERS), encoding="utf-8")
+    result |= digests.of_folder(folder)
     manifest.save(folder, result)
     return result
 

@@ -48,13 +48,15 @@ def verified(folder: Path) -> list[str]:
     record = manifest.load(folder)
     if record.get("several"):
         raise InputError(f"{folder} holds several outputs; push one of them: {folder / record['several'][0]}")
+    changed = manifest.wrong_seal(folder)
+    if changed:
+        raise VerificationError(f"{changed}; nothing was uploaded")
     known: Mapping[str, str] = record["outputs"]
     wrong = [name for name in sorted(known) if not _is(folder / name, known[name])]
-    missing = [name for name in (CARD,) if not (folder / name).is_file()]
-    if wrong or missing:
-        raise VerificationError(f"{folder}: {', '.join([*wrong, *missing])} is missing, or not what was written; "
+    if wrong:
+        raise VerificationError(f"{folder}: {', '.join(wrong)} is missing, or not what was written; "
                                 f"nothing was uploaded; see: qtool inspect {folder} --verify")
-    return sorted({*known, CARD, manifest.NAME})
+    return sorted({*known, manifest.NAME})
 
 
 def push(folder: Path, repository: str, private: bool, quiet: bool = True) -> dict[str, Any]:

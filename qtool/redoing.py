@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qtool import arithmetic, card, devices, heap, manifest, pipeline, rotate, storage
+from qtool import arithmetic, card, devices, digests, heap, manifest, pipeline, rotate, storage
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
@@ -99,6 +99,9 @@ def _swap(out: Path) -> None:
 def _refuse_damaged(redo: Redo) -> None:
     """Raise OutputError where the output is not as its manifest has it: what is kept would carry the damage on."""
     out, outputs = redo.plan.out, redo.record["outputs"]
+    changed = manifest.wrong_seal(out)
+    if changed:
+        raise OutputError(changed)
     missing = [name for name in outputs if not (out / name).is_file()]
     now = {} if missing else sha256_files({name: out / name for name in outputs})
     wrong = missing or [name for name in outputs if now[name] != outputs[name]]
@@ -162,10 +165,8 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
         (folder / name).unlink(missing_ok=True)  # a link to the old one's
         manifest.write_json(folder / name, content)
     result = _manifest(redo, work, entry)
-    result["outputs"] = {name: redo.record["outputs"][name] if name in kept_files and name not in extra
-                         else manifest.file_hash(folder / name)
-                         for name in sorted({*redo.record["outputs"], *(shard.file_name for shard in redo.files)})}
     (folder / "README.md").write_text(card.text(result, plan.format.LOADERS), encoding="utf-8")
+    result |= _digests(redo, folder, kept_files - set(extra), {spec.name for spec in plan.outputs})
     manifest.save(folder, result)
     for path in folder.glob("stream-*.bin"):  # at the entrance of the block after the last one that was run
         path.unlink()
@@ -183,6 +184,17 @@ def _manifest(redo: Redo, work: Workspace, entry: Mapping[str, Any]) -> dict[str
         kept = [one for one in result["allocation"]["linears"] if one["name"] not in redo.linears]
         result["allocation"] = {**result["allocation"], "linears": kept}
     return result
+
+
+def _digests(redo: Redo, folder: Path, kept: set[str], tensors: set[str]) -> dict[str, dict[str, str]]:
+    """As digests.of_folder, without reading the files that were linked."""
+    files: dict[str, str] = dict(redo.record["outputs"])
+    inside: dict[str, str] = dict(redo.record.get("tensors", {}))
+    for name in sorted({*files, *(shard.file_name for shard in redo.files)} - kept):
+        files[name], found = digests.of_file(folder / name, digests.places(folder / name))
+        inside |= found
+    return {"outputs": dict(sorted(files.items())),
+            "tensors": {name: digest for name, digest in inside.items() if name in tensors}}
 
 
 def _link(out: Path, folder: Path, but: set[str]) -> set[str]:

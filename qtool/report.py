@@ -187,6 +187,13 @@ def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
         if changed:
             text += f", {len(changed)} differ: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
         rows.append(("compared", Text(text, style="yellow" if changed else "green")))
+    told = data.get("predictions")
+    if told:
+        rows.append(("predictions", f"{told['kl']:.3g} nats of KL divergence from the original's on "
+                                    f"{told['windows']} × {told['context']} tokens, {percent(told['top1_agreement'])} "
+                                    f"of the first choices agree (absurd from {told['limit']:.3g} nats on)"))
+    elif data.get("no_predictions"):
+        rows.append(("predictions", Text(f"not compared: {data['no_predictions']}", style="yellow")))
     for one in data.get("loaders") or ():
         faults = len(one["problems"])
         text = f"{faults} faults" if faults else "finds every key in the dtype and shape that it wants"
@@ -194,8 +201,11 @@ def _checks(data: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
         rows.append((one["loader"], Text(text, style="red" if faults else "yellow" if one["limits"] else "green")))
     if data.get("problems") == []:
         hashes = "hashes, names" if data["made_by"] else "names (there is no manifest with hashes)"
-        rows.append(("verified", Text(f"{hashes}, types and shapes; every tensor decodes and is finite",
-                                      style="green")))
+        once = len(data.get("decoded_once") or ())
+        few = f"; {once} linears by one decoder only" if once else ""
+        rows.append(("verified", Text(f"{hashes}, types and shapes; every tensor decodes, quantized ones by two "
+                                      f"decoders, and is finite{few}",
+                                      style="yellow" if once else "green")))
     return rows
 
 

@@ -16,6 +16,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from qtool import storage
+from qtool.checkpoint import gguf_seal
 from qtool.checkpoint.gguf_families import Family, gguf_name, norm_offset, permuted_heads
 from qtool.checkpoint.part_file import PartFile, has_room
 from qtool.checkpoint.tensor_io import as_bytes
@@ -82,7 +83,8 @@ class GgufWriter:
         for tensor in stored:
             each = tensor.nbytes // max(1, len(tensor.parts))
             self._places |= {name: (tensor, tensor.offset + index * each) for index, name in enumerate(tensor.parts)}
-        self._file = PartFile(path, header, end, lambda: 0 if has_room(path) else end, SMALLER)
+        self._seal = gguf_seal.place(header)
+        self._file = PartFile(path, header, end, lambda: 0 if has_room(path) else end, SMALLER, self._seal)
         try:
             storage.sync_folder(self.folder)
             if not self._file.finished:
@@ -121,9 +123,13 @@ class GgufWriter:
         self._file.sync()
 
     def finish(self) -> None:
-        """Give the file its name and close it. Safe to repeat after a kill."""
+        """Write the file's own sha256 into it, give it its name and close it. Safe to repeat after a kill."""
         self.sync()
         try:
+            if not self._file.finished:
+                digest = self._file.sha256(self._seal)
+                self._file.write(memoryview(digest.encode()), self._seal.start, gguf_seal.KEY)
+                self.sync()
             self._file.rename()
             storage.sync_folder(self.folder)
         except OSError as error:
@@ -205,6 +211,8 @@ def header_bytes(model: GgufModel, tensors: Sequence[Stored], file_type: gguf.Ll
                 writer.add_key_value(key, value.value, value.type, value.sub_type)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_bool(gguf_seal.SAYS_SO, True)
+        writer.add_string(gguf_seal.KEY, gguf_seal.BLANK)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
         writer.write_header_to_file()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from qtool import storage
-from qtool.checkpoint.tensor_io import read_into, read_tensor, write_all
+from qtool.checkpoint.tensor_io import read_into, read_tensor, sha256_with, write_all
 from qtool.errors import OutputError, StorageError
 from qtool.storage import PART
 from qtool.tensors import TensorSpec
@@ -26,10 +26,11 @@ class PartFile:
     """Makes or continues `path`. Raises StorageError, and OutputError for a file with another header.
 
     needed: tells how many bytes of the whole output have no room yet.  smaller: what to do where so large a file cannot
-    be.  finished: it has its name and cannot be written.
+    be.  late: what of the header is written last.  finished: it has its name and cannot be written.
     """
 
-    def __init__(self, path: Path, header: bytes, size: int, needed: Callable[[], int], smaller: str) -> None:
+    def __init__(self, path: Path, header: bytes, size: int, needed: Callable[[], int], smaller: str,
+                 late: slice = slice(0)) -> None:
         self.path, self.smaller = path, smaller
         self.finished = path.exists()
         self._descriptor, self._dirty = -1, not self.finished  # what a killed run wrote may not be on the disk yet
@@ -39,7 +40,9 @@ class PartFile:
             if not self.finished and not part.exists():
                 _create(part, header, size)
             found = memoryview(bytearray(len(header)))
-            whole = read_into(self._opened(), found, 0) and found == header and place.stat().st_size == size
+            whole = read_into(self._opened(), found, 0)
+            found[late] = header[late]
+            whole = whole and found == header and place.stat().st_size == size
         except OSError as error:
             raise storage.failed(error, part, "the output", needed(), smaller) from None
         finally:
@@ -77,6 +80,10 @@ class PartFile:
             except OSError as error:
                 raise storage.failed(error, self.path, "what was written", smaller=self.smaller) from None
             self._dirty = False
+
+    def sha256(self, blank: slice) -> str:
+        """Of the file as it is now, with zeros (the digit) at the bytes `blank`. Raises OSError."""
+        return sha256_with(self._opened(), blank)
 
     def rename(self) -> None:
         """Give the file its name, if it has not got it. Raises OSError."""

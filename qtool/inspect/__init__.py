@@ -6,6 +6,7 @@ The manifest knows the errors on held-out text; everything about storage is take
 from __future__ import annotations
 
 from qtool.inspect.compare import compare
+from qtool.inspect.damage import damage
 from qtool.inspect.difference import difference
 from qtool.inspect.files import SCHEMA, Step, bits_per_weight, dtype_name, no_steps, record_of, stored_name
 from qtool.inspect.layers import FIRST, layers
@@ -16,6 +17,6 @@ from qtool.inspect.summary import summary
 from qtool.inspect.verify import verify
 
 __all__ = [
-    "FIRST", "SCHEMA", "Step", "arranged", "bits_per_weight", "compare", "difference", "dtype_name", "layers", "memory",
-    "no_steps", "record_of", "stored_name", "summary", "system", "verify",
+    "FIRST", "SCHEMA", "Step", "arranged", "bits_per_weight", "compare", "damage", "difference",
+    "dtype_name", "layers", "memory", "no_steps", "record_of", "stored_name", "summary", "system", "verify",
 ]

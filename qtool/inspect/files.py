@@ -67,16 +67,3 @@ def linear_bytes(source: Source) -> dict[str, int]:
 def rotation_of(record: dict[str, Any] | None) -> dict[str, list[str]]:
     """What a manifest says of rotated tensors; empty lists where none were."""
     return (record or {}).get("rotation") or {"tensors": [], "untied": []}
-
-
-def wrong_hashes(folder: Path, record: dict[str, Any], step: Step) -> list[str]:
-    """Files that are missing, or not as the manifest has them."""
-    problems = []
-    for done, (name, digest) in enumerate(record["outputs"].items()):
-        step(done, len(record["outputs"]), name)
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: is in the manifest, but not there")
-        elif manifest.file_hash(path) != digest:
-            problems.append(f"{path}: is not as it was written (its sha256 differs from the manifest's)")
-    return problems

@@ -18,7 +18,9 @@ import torch
 
 from qtool import found, manifest
 from qtool.errors import CheckpointError
-from qtool.inspect.files import SCHEMA, Step, dtype_name, no_steps, wrong_hashes
+from qtool.independent import values_sha256
+from qtool.independent.onnx import matmul_nbits
+from qtool.inspect.files import SCHEMA, Step, dtype_name, no_steps
 from qtool.inspect.layers import FIRST
 from qtool.inspect.summary import made_by, schemes_of
 from qtool.onnx_graph import genai
@@ -151,8 +153,7 @@ def layers(graph: Graph) -> list[dict[str, Any]]:
     recorded = {layer["stored"]: layer for layer in (graph.record or {}).get("layers", [])}
     rows = []
     for node, told in graph.products():
-        stored = node.input[1].removesuffix(".qweight")
-        name = stored.removesuffix(f".{PRODUCT}").replace(".attn.", ".self_attn.")
+        stored, name = node.input[1].removesuffix(".qweight"), _stored_name(node)
         known = recorded.get(name, {})
         count = sum(graph.placed[one].nbytes for one in node.input[1:] if one in graph.placed)
         scheme = _scheme(node, told)
@@ -167,10 +168,9 @@ def layers(graph: Graph) -> list[dict[str, Any]]:
 
 
 def verify(graph: Graph, step: Step = no_steps) -> list[str]:
-    """Everything that is wrong, one sentence each: hashes, places in the data file, names that nothing makes, shapes of
-    MatMulNBits against its attributes, and every initializer decoded and finite."""
-    problems = wrong_hashes(graph.folder, graph.record, step) if graph.record else []
-    problems += _wrong_places(graph) + _wrong_names(graph)
+    """Everything that is wrong beside damage(), one sentence each: places in the data file, names that nothing makes,
+    shapes of MatMulNBits against its attributes, every initializer finite, and every product decoded twice."""
+    problems = _wrong_places(graph) + _wrong_names(graph)
     if problems:
         return problems
     shapes = {node.name: wrong for node, told in graph.products() if (wrong := _wrong_product(graph, node, told))}
@@ -180,9 +180,26 @@ def verify(graph: Graph, step: Step = no_steps) -> list[str]:
         if one.file is not None and one.dtype in FLOATING and not all_finite(graph.read(name)):
             problems.append(f"{name}: some values are NaN or infinite")
     for node, told in graph.products():
-        if node.name not in shapes and not all_finite(decoded(graph, node, told)):
-            problems.append(f"{node.name}: its weight does not decode to finite values")
+        if node.name not in shapes:
+            problems += _wrong_weight(graph, node, told)
     return problems
+
+
+def _wrong_weight(graph: Graph, node: Any, told: Mapping[str, int]) -> list[str]:
+    """Of a product: decoded as always, as the operator is described, and as it was solved."""
+    weight, stored = decoded(graph, node, told), _stored_name(node)
+    if not all_finite(weight):
+        return [f"{node.name}: its weight does not decode to finite values"]
+    packed, scales, *zeros = (graph.read(name) for name in node.input[1:4] if name)
+    again = matmul_nbits(packed.numpy(), scales.float().numpy(), zeros[0].numpy() if zeros else None, told["N"],
+                         told["K"], told["bits"], told["block_size"])
+    if not torch.equal(weight, torch.from_numpy(again)):
+        return [f"{node.name}: decoded as MatMulNBits is described it is another weight; this is a bug in qtool"]
+    known = next((layer.get("values_sha256") for layer in (graph.record or {}).get("layers", [])
+                  if layer["stored"] == stored), None)
+    if known is not None and values_sha256(again) != known:
+        return [f"{stored}: its values are not those that were solved (their sha256 differs from the manifest's)"]
+    return []
 
 
 def decoded(graph: Graph, node: Any, told: Mapping[str, int]) -> torch.Tensor:
@@ -241,6 +258,11 @@ def _wrong_product(graph: Graph, node: Any, told: Mapping[str, int]) -> str | No
             return (f"{name} is {dtype_name(one.dtype)} {list(one.shape)}, not {dtype_name(dtype)} of {elements} "
                     "elements")
     return None
+
+
+def _stored_name(node: Any) -> str:
+    """Of the linear in the checkpoint that the graph was exported from."""
+    return str(node.input[1]).removesuffix(".qweight").removesuffix(f".{PRODUCT}").replace(".attn.", ".self_attn.")
 
 
 def _zeros(node: Any) -> str | None:

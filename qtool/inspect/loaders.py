@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from qtool.decode import Source
-from qtool.inspect import loader_keys
+from qtool.inspect import loader_config, loader_keys
 from qtool.recipe import Scheme
 from qtool.tensors import NAMES_OF_DTYPES, TensorSpec
 
 Limit = Callable[[Scheme, tuple[int, int]], str | None]
 VLLM_GROUPS = (-1, 32, 64, 128)
 LISTED = 20  # problems of one program
+TENSOR_PARALLEL, SPLIT = (2, 4, 8), ("o_proj", "down_proj", "out_proj", "w2")
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ def check(source: Source) -> list[dict[str, Any]]:
     if source.format is None or source.format.NAME not in LOADERS:
         return []
     config, faults = source.quantization(), _keys(source, source.format.NAME)
+    of_config = loader_config.faults(source)
     conflicts = source.format.fused_conflicts(source.schemes)
     found = []
     for loader in LOADERS[source.format.NAME]:
         missing = [key for key in loader.needs if not any(one in config for one in key.split("|"))]
         problems = [*(f"config.json: quantization_config has no {key.replace('|', ' or ')}, which {loader.name} needs"
-                      for key in missing), *faults]
-        limits = [*_limits(source, loader), *(conflicts if loader.name == "vLLM" else [])]
+                      for key in missing), *(text for who, text in of_config if not who or loader.name in who), *faults]
+        limits = [*_limits(source, loader), *([*conflicts, *_shares(source)] if loader.name == "vLLM" else [])]
         found.append({"loader": loader.name, "problems": problems[:LISTED], "limits": limits})
     return found
 
@@ -129,6 +131,25 @@ def _limits(source: Source, loader: Loader) -> list[str]:
             reasons.setdefault(reason, []).append(linear)
     return [f"{reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             for reason, names in reasons.items()]
+
+
+def _shares(source: Source) -> list[str]:
+    """Groups that vLLM cannot divide among several GPUs: of linears whose inputs it splits (tensor parallel)."""
+    heads = (source.config.get("text_config") or source.config).get("num_attention_heads") or 0
+    found = []
+    for parts in TENSOR_PARALLEL:
+        cut = [linear for linear, scheme in source.schemes.items() if linear.endswith(SPLIT) and not heads % parts
+               and _cuts(scheme, source.specs[f"{linear}.weight"].shape[1], parts)]
+        if cut:
+            more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+            found.append(f"tensor parallel over {parts} GPUs would cut groups apart: {cut[0]}{more}")
+            break  # and over more of them too
+    return found
+
+
+def _cuts(scheme: Scheme, columns: int, parts: int) -> bool:
+    size = 1 if scheme.group_size == -1 else int(scheme.group_size)
+    return bool(columns % parts or columns // parts % size)
 
 
 def _gguf(source: Source) -> list[str]:

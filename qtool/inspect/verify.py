@@ -1,4 +1,4 @@
-"""Whether the files are what they say: hashes, layout, architecture, every tensor decoded."""
+"""Whether the files hold what they say: layout, architecture, every tensor decoded, in two ways."""
 
 from __future__ import annotations
 
@@ -8,24 +8,38 @@ import torch
 
 from qtool.decode import Source
 from qtool.errors import CheckpointError, ModelError
-from qtool.inspect.files import Step, folder_of, no_steps, record_of, wrong_hashes
+from qtool.inspect.files import Step, no_steps, record_of
+from qtool.inspect.second_reading import SecondReading
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, NAMES_OF_DTYPES, all_finite
 
 TOLERANCE = 1e-3  # of a recorded error against the measured one: sums may be taken in other orders
 
 
-def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps) -> list[str]:
-    """Everything that is wrong with the files, one sentence each; empty when nothing is.
+def verify(source: Source, rows: list[dict[str, Any]], step: Step = no_steps,
+           once: dict[str, str] | None = None) -> list[str]:
+    """Everything that is wrong with what the files hold, one sentence each; empty when nothing is.
 
-    Hashes against the manifest, tensor names, dtypes and shapes against the format and the architecture, every tensor
-    decoded and finite, and, after compare(), the measured errors against the recorded ones.
+    Tensor names, dtypes and shapes against the format and the architecture, every tensor decoded and finite, quantized
+    ones by a second decoder too (second_reading.py) and with the digest of what was solved; after compare(), the
+    measured errors against the recorded ones. damage() has compared the files before. once: filled with the linears
+    that only one decoder knows, and why.
     """
     record = record_of(source)
-    problems = wrong_hashes(folder_of(source), record, step) if record else []
-    problems += _wrong_layout(source, record, step)
+    problems = _wrong_layout(source, record, step)
+    dense = record is not None and record.get("format") == "hf"
+    recorded = {} if dense or record is None else {
+        layer["stored"]: layer["values_sha256"] for layer in record["layers"] if "values_sha256" in layer}
+    second = SecondReading(source, recorded)
+    problems += second.problems
+    if once is not None:
+        once.update(second.skipped)
     for done, (name, spec) in enumerate(source.specs.items()):
         step(done, len(source.specs), name)
+        linear = name.removesuffix(".weight")
+        if linear != name and (linear in source.schemes or name in source.checkpoint.block_types):
+            problems += second.wrong(linear)
+            continue
         try:
             tensor = source.read(name)
         except CheckpointError as error:

@@ -121,3 +121,56 @@ def test_gguf_names_are_those_of_llama_cpp(run: Run, quantized: Callable[[str], 
     (tmp_path / "b.gguf").write_bytes(data.replace(b"llama.feed_forward_length", b"llama.feed_forward_lengtx"))
     found = run("inspect", tmp_path / "b.gguf", "--verify", "--json")
     assert found[0] in (2, 3) and "feed_forward_length" in found[1] + found[2]
+
+
+def put(path: str, value: Any) -> Change:
+    """A value in the quantization_config, under keys joined by slashes."""
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        *parents, last = path.split("/")
+        place = config["quantization_config"]
+        for key in parents:
+            place = place[key]
+        place[last] = value
+    return change
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("rtn", put("config_groups/group_0/weights/num_bits", "4"), "weights.num_bits is '4', not a positive whole number"),
+    ("rtn", put("config_groups/group_0/weights/groups", 3), "weights.groups is no key that loaders know"),
+    ("rtn", put("config_groups/group_0/weights/actorder", "group"), "actorder is 'group', not 'weight' or 'static'"),
+    ("rtn", put("config_groups/group_0/extra", 1), "group_0.extra is no key that loaders know"),
+    ("rtn", put("ignore", []), "lm_head is not quantized, but nothing here says so"),
+    ("rtn", put("quantization_status", "frozen"), "quantization_status is 'frozen', not 'compressed'"),
+    ("gptq", put("desc_act", "false"), "desc_act is 'false', not true or false"),
+    ("gptq", put("sym", False), "checkpoint_format gptq with sym false is refused"),
+    ("gptq", put("lm_head", True), "lm_head is not quantized, but nothing here says so"),
+    ("awq", put("zero_point", False), "zero_point is False, not True"),
+    ("nf4", put("llm_int8_skip_modules", ["mlp"]), "lm_head is not quantized"),
+    ("nf4", put("load_in_8bit", True), "must not be the same"),
+    ("fp8-block", put("weight_block_size", [128, "128"]), "weight_block_size is [128, '128']"),
+    ("fp8-block", put("modules_to_not_convert", ["embed"]), "lm_head is not quantized"),
+    ("modelopt", put("ignore", "lm_head"), "ignore is 'lm_head', not a list of texts"),
+    ("mlx", put("mode", 1), "mode is 1, not 'affine'"),
+])
+def test_values_that_crash_loaders(name: str, change: Change, message: str, run: Run, tmp_path: Path,
+                                   quantized: Callable[[str], Path]) -> None:
+    out = tmp_path / "bad"
+    shutil.copytree(quantized(name), out)
+    (out / manifest.NAME).unlink()
+    config = json.loads((out / "config.json").read_text())
+    change({}, config)
+    if name == "mlx":
+        config["quantization"] = config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    source = decode.open_model(str(quantized(name)))
+    monkeyed = {**config["quantization_config"]}
+    source.quantization = lambda: monkeyed  # type: ignore[method-assign]
+    found = [text for one in loaders.check(source) for text in one["problems"]]
+    assert any(message in text for text in found), found
+    assert run("inspect", out, "--verify")[0] == 3
+
+
+def test_groups_that_several_gpus_would_cut_are_a_limit(quantized: Callable[[str], Path]) -> None:
+    limits = {one["loader"]: one["limits"] for one in loaders.check(decode.open_model(str(quantized("rtn"))))}
+    assert any(text.startswith("tensor parallel over 2 GPUs would cut groups apart: model.layers.0.self_attn.o_proj")
+               for text in limits["vLLM"]) and not limits["transformers"]

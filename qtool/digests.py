@@ -1,0 +1,87 @@
+"""By what a manifest knows its files again: the sha256 of each, each tensor in it, and what a linear stands for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from qtool import manifest
+from qtool.checkpoint.header import read_header
+
+Places = Sequence[tuple[str, int, int]]  # name, offset in the file, bytes
+DIGITS = 16  # of a tensor's: they tell where the damage is; that there is some, the file's 64 do
+SCRATCH = ("journal.jsonl", "lock", manifest.NAME)
+STREAM = "stream-"
+CHUNK_BYTES = 1 << 22
+ROWS = 64  # stays in a cache
+
+
+def of_folder(folder: Path, elsewhere: Mapping[str, Places] | None = None) -> dict[str, dict[str, str]]:
+    """`outputs`, file -> sha256, and `tensors`, name -> its first digits, of all that is in a folder but the manifest.
+
+    elsewhere: where tensors lie in files that do not say so themselves.
+    """
+    files, tensors = {}, dict[str, str]()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in SCRATCH and not path.name.startswith(STREAM):
+            files[path.name], inside = of_file(path, (elsewhere or {}).get(path.name) or places(path))
+            tensors |= inside
+    return {"outputs": files, "tensors": tensors}
+
+
+def places(path: Path) -> Places:
+    """The tensors of a safetensors or GGUF file, () for others. Raises CheckpointError for a header that is none."""
+    if path.suffix == ".safetensors":
+        return [(name, offset, spec.nbytes) for name, (spec, offset) in read_header(path).items()]
+    if path.suffix == ".gguf":
+        from qtool.checkpoint.gguf_header import read_gguf_header
+
+        return [(one.name, one.offset, one.nbytes) for one in read_gguf_header(path).tensors.values()]
+    return ()
+
+
+def of_file(path: Path, tensors: Places = ()) -> tuple[str, dict[str, str]]:
+    """The file's sha256 and the first digits of that of each tensor, in one pass. Raises OSError."""
+    whole, found = hashlib.sha256(), {}
+    with path.open("rb", buffering=0) as file:
+        for name, offset, count in sorted(tensors, key=lambda one: one[1]):
+            _read(file, offset - file.tell(), [whole])
+            part = hashlib.sha256()
+            _read(file, count, [whole, part])
+            found[name] = part.hexdigest()[:DIGITS]
+        _read(file, path.stat().st_size - file.tell(), [whole])
+    return whole.hexdigest(), found
+
+
+def of_values(weight: torch.Tensor) -> str:
+    """sha256 of a weight [N, K]: float32 row by row, little end first, with -0 as 0."""
+    values = Values()
+    values.add(weight)
+    return values.sha256
+
+
+class Values:
+    """The same of a weight that comes in rows, some at a time."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, rows: torch.Tensor) -> None:
+        for some in rows.split(ROWS):
+            self._digest.update((some.float() + 0.0).contiguous().numpy().data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _read(file: BinaryIO | Any, count: int, digests: Sequence[Any]) -> None:
+    """The next `count` bytes, or those that there are, into all digests."""
+    while count > 0 and (chunk := file.read(min(count, CHUNK_BYTES))):
+        for digest in digests:
+            digest.update(chunk)
+        count -= len(chunk)
