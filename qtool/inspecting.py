@@ -173,6 +173,8 @@ def _measure(asked: Asked, source: Source, rows: Rows, result: dict[str, Any]) -
             result["problems"] = inspect.verify(source, rows, step, result["decoded_once"])
         result["loaders"] = loaders.check(source)
         result["problems"] += dict.fromkeys(problem for one in result["loaders"] for problem in one["problems"])
+        if base is not None:
+            result["problems"] += verifying.unexplained(source, base, result["comparison"]["changed_tensors"])
         if base is not None and tokens:
             with console.steps("predicting", asked.quiet) as step:
                 told, wrong = verifying.predictions(source, base, step)

@@ -96,7 +96,8 @@ Report = Annotated[Path | None, _option("Write a page with maps, tables, recipe 
                                         "--report", metavar="FILE.html")]
 Original = Annotated[str | None, _option("Measure the errors of weights and outputs against this original.",
                                           metavar="MODEL")]
-Verify = Annotated[bool, _option("Check hashes, layout and every tensor; fail if one is wrong.", "--verify")]
+Verify = Annotated[bool, _option("Check every file, tensor and key, with --against also errors and predictions; fail "
+                                 "if one is wrong.", "--verify")]
 System = Annotated[bool, _option("What this machine has.", "--system")]
 Csv = Annotated[bool, _option("The layers as CSV on stdout.", "--csv")]
 Checkpoints = Annotated[list[str], typer.Argument(metavar="PATH...", show_default=False,

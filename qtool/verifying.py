@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from qtool import console, html_report, inspect
-from qtool.checkpoint.explained import UNUSABLE
+from qtool import console, found, html_report, inspect
+from qtool.checkpoint.explained import Explained
+from qtool.checkpoint.header import AGAIN
 from qtool.decode import Source
 from qtool.errors import (
     CalibrationError,
@@ -22,6 +24,7 @@ from qtool.errors import (
 
 WINDOWS, CONTEXT = 4, 256  # of built-in text that never calibrates
 LEAST_LIMIT = 1.0  # nats
+CHANGE_OTHERS = ("SCALES_INPUTS", "ROTATES")  # steps that also change what is not quantized
 PREDICTIONS = ("kl", "top1_agreement")
 
 
@@ -38,12 +41,12 @@ def guarded(path: str, look: Callable[[], html_report.Run], quiet: bool) -> html
     except VerificationError as error:
         return _broken(path, [str(error)])
     try:
-        run = look()
-    except (QtoolError, *UNUSABLE) as error:
+        with Explained(Path(path), "cannot be read any further", AGAIN) if problems else nullcontext():
+            run = look()
+    except QtoolError as error:
         if not problems and not isinstance(error, (CheckpointError, ModelError)):
             raise
-        return _broken(path, [*problems, f"{type(error).__name__}: {error}" if not isinstance(error, QtoolError)
-                              else str(error)])
+        return _broken(path, [*problems, str(error)])
     run.summary["problems"] = [*problems, *run.summary["problems"]]
     return run
 
@@ -71,12 +74,23 @@ def predictions(source: Source, base: Source, step: inspect.Step) -> tuple[dict[
         return {"predictions": None, "no_predictions": str(error)}, []
     row, loss = told["models"][0], told["against"]["nll"]
     limit = max(LEAST_LIMIT, math.log(_vocabulary(base)) - loss)
-    found = {**{key: row[key]["mean"] for key in PREDICTIONS}, "limit": limit, "windows": WINDOWS, "context": context}
-    wrong = [] if found["kl"] < limit else [
-        f"{source.origin}: its predictions are {found['kl']:.3g} nats of KL divergence away from those of "
+    figures = {**{key: row[key]["mean"] for key in PREDICTIONS}, "limit": limit, "windows": WINDOWS, "context": context}
+    wrong = [] if figures["kl"] < limit else [
+        f"{source.origin}: its predictions are {figures['kl']:.3g} nats of KL divergence away from those of "
         f"{base.origin}, no nearer than {limit:.3g}, where all tokens are alike to it; it is damaged, or its scheme is "
         "too coarse"]
-    return {"predictions": found, "no_predictions": None}, wrong
+    return {"predictions": figures, "no_predictions": None}, wrong
+
+
+def unexplained(source: Source, base: Source, changed: list[str]) -> list[str]:
+    """Tensors that were to stay as they are, but differ from the model that the manifest says they come from."""
+    record = inspect.record_of(source)
+    if record is None or not changed or source.kind == "gguf" or record["source"].get("files") != base.hashes():
+        return []
+    steps = [next(iter(step)) for step in (record["recipe"] or {}).get("steps", ())]
+    if any(getattr(found.load("methods", step), mark, False) for step in steps for mark in CHANGE_OTHERS):
+        return []
+    return [f"{name}: is not quantized, but differs from that of {base.origin}" for name in changed]
 
 
 def _vocabulary(base: Source) -> int:

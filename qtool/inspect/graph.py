@@ -20,6 +20,7 @@ from qtool import found, manifest
 from qtool.errors import CheckpointError
 from qtool.independent import values_sha256
 from qtool.independent.onnx import matmul_nbits
+from qtool.inspect import graph_config
 from qtool.inspect.files import SCHEMA, Step, dtype_name, no_steps
 from qtool.inspect.layers import FIRST
 from qtool.inspect.summary import made_by, schemes_of
@@ -51,12 +52,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Graph:
-    """nodes: as onnx has them.  placed: initializers by name.  config: genai_config.json."""
+    """nodes: as onnx has them.  placed: initializers by name.  inputs, outputs: sizes by name.  config:
+    genai_config.json."""
 
     folder: Path
     nodes: list[Any]
     placed: dict[str, Placed]
-    inputs: set[str]
+    inputs: dict[str, list[Any]]
+    outputs: dict[str, list[Any]]
     config: Mapping[str, Any]
     record: dict[str, Any] | None
 
@@ -104,7 +107,13 @@ def open_graph(path: str) -> Graph:
         raise CheckpointError(f"{folder}: cannot be read as an ONNX decoder ({error}); fetch the files again") from None
     placed = {tensor.name: _placed(tensor, where) for tensor in model.graph.initializer}
     record = manifest.load(folder) if (folder / manifest.NAME).is_file() else None
-    return Graph(folder, list(model.graph.node), placed, {one.name for one in model.graph.input}, config, record)
+    return Graph(folder, list(model.graph.node), placed, _sides(model.graph.input),
+                 _sides(model.graph.output), config, record)
+
+
+def _sides(values: Any) -> dict[str, list[Any]]:
+    """Name -> sizes, a text for those that are known when the graph runs."""
+    return {one.name: [side.dim_value or side.dim_param for side in one.type.tensor_type.shape.dim] for one in values}
 
 
 def _placed(tensor: Any, where: Path) -> Placed:
@@ -171,6 +180,7 @@ def verify(graph: Graph, step: Step = no_steps) -> list[str]:
     """Everything that is wrong beside damage(), one sentence each: places in the data file, names that nothing makes,
     shapes of MatMulNBits against its attributes, every initializer finite, and every product decoded twice."""
     problems = _wrong_places(graph) + _wrong_names(graph)
+    problems += graph_config.faults(graph.config, graph.inputs, graph.outputs, genai.MODEL_FILE) if graph.config else []
     if problems:
         return problems
     shapes = {node.name: wrong for node, told in graph.products() if (wrong := _wrong_product(graph, node, told))}

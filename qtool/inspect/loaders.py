@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.decode import Source
-from qtool.inspect import loader_config, loader_keys
+from qtool.inspect import loader_config, loader_gguf, loader_keys
 from qtool.recipe import Scheme
 from qtool.tensors import NAMES_OF_DTYPES, TensorSpec
 
@@ -73,7 +73,7 @@ def check(source: Source) -> list[dict[str, Any]]:
     From headers and config alone; the names and shapes of what is not quantized are checked with the architecture.
     """
     if source.kind == "gguf":
-        return [{"loader": "llama.cpp", "problems": _gguf(source), "limits": []}]
+        return [{"loader": "llama.cpp", "problems": loader_gguf.faults(Path(source.origin)), "limits": []}]
     if source.format is None or source.format.NAME not in LOADERS:
         return []
     config, faults = source.quantization(), _keys(source, source.format.NAME)
@@ -150,25 +150,3 @@ def _shares(source: Source) -> list[str]:
 def _cuts(scheme: Scheme, columns: int, parts: int) -> bool:
     size = 1 if scheme.group_size == -1 else int(scheme.group_size)
     return bool(columns % parts or columns // parts % size)
-
-
-def _gguf(source: Source) -> list[str]:
-    """Tensor names that llama.cpp knows of the architecture, and the keys that it cannot do without."""
-    import re
-
-    from gguf import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
-
-    from qtool.checkpoint.gguf_header import read_gguf_header
-
-    header = read_gguf_header(Path(source.origin))
-    name = header.metadata.get("general.architecture")
-    architecture = next((one for one, text in MODEL_ARCH_NAMES.items() if text == name), None)
-    if architecture is None:
-        return [f"general.architecture is {name!r}, which llama.cpp does not know"]
-    wanted = [f"{name}.{key}" for key in ("block_count", "context_length", "embedding_length", "attention.head_count",
-                                          "feed_forward_length")] + ["tokenizer.ggml.model", "tokenizer.ggml.tokens"]
-    problems = [f"the key {key} is missing" for key in wanted if key not in header.metadata]
-    patterns = [re.escape(TENSOR_NAMES[one]).replace(r"\{bid\}", r"\d+") for one in MODEL_TENSORS[architecture]]
-    known = re.compile(f"(?:{'|'.join(patterns)})(?:\\.(?:weight|bias))?")
-    return problems + [f"{tensor}: llama.cpp knows no such tensor of {name}" for tensor in header.tensors
-                       if not known.fullmatch(tensor)]
