@@ -140,7 +140,7 @@ def test_a_reader_that_stops_reading_hears_nothing(gptq: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+    assert process.returncode == 141
 
 
 def test_a_manifest_that_is_none(run: Run, gptq: Path, tmp_path: Path) -> None:
