@@ -53,6 +53,7 @@ def quantize(
     seed: o.Seed = None, set_: o.Settings = None, imatrix: o.NoImatrix = None, out: o.Out = None,
     device: o.Device = "auto",
     dry_run: o.DryRun = False, probe: o.Probe = False, redo: o.Redo = None, restart: o.Restart = False,
+    keep_statistics: o.KeepStatistics = False,
     json: o.Json = False, quiet: o.Quiet = False,
 ) -> None:
     """Quantize MODEL into a new directory.
@@ -68,7 +69,7 @@ def quantize(
              "--double-quant": ("scheme.double_quant", double_quant or None),
              "--calibration": ("calibration.source", calibration), "--samples": ("calibration.samples", samples),
              "--sequence-length": ("calibration.sequence_length", sequence_length), "--dtype": ("dtype", dtype),
-             "--seed": ("seed", seed)}
+             "--seed": ("seed", seed), "--keep-statistics": ("keep_statistics", keep_statistics or None)}
     if probe and not dry_run:
         raise InputError("--probe goes with --dry-run")
     from qtool import quantizing

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 
 from qtool.quality import square_sum
 from qtool.tensors import all_finite
+
+BAND = 512  # rows of a symmetric matrix that are stored as one piece
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
@@ -39,6 +43,33 @@ def mirror(total: torch.Tensor) -> torch.Tensor:
         corner = total[start:stop, start:stop].tril()
         total[start:stop, start:stop] = corner + corner.tril(-1).T
     return total
+
+
+def lower_rows(columns: int) -> list[tuple[int, int]]:
+    """The bands of rows [start, stop) in which a symmetric matrix [K, K] is stored: each up to its last diagonal."""
+    return [(start, min(start + BAND, columns)) for start in range(0, columns, BAND)]
+
+
+def lower_size(columns: int) -> int:
+    """Elements of a symmetric matrix [K, K] in such bands."""
+    return sum((stop - start) * stop for start, stop in lower_rows(columns))
+
+
+def lower(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The bands of a symmetric matrix [K, K], [rows, up to the last diagonal] each; little more than half of it."""
+    for start, stop in lower_rows(len(matrix)):
+        yield matrix[start:stop, :stop]
+
+
+def from_lower(bands: torch.Tensor, columns: int) -> torch.Tensor:
+    """The symmetric matrix [K, K] of its bands, one after the other in `bands` [lower_size(K)]."""
+    matrix, taken = torch.empty(columns, columns, dtype=bands.dtype, device=bands.device), 0
+    for start, stop in lower_rows(columns):
+        count = (stop - start) * stop
+        band = bands[taken:taken + count].view(stop - start, stop)
+        matrix[start:stop, :stop], matrix[:stop, start:stop] = band, band.T
+        taken += count
+    return matrix
 
 
 class HeldOut:
@@ -89,6 +120,23 @@ class HeldOut:
             mirror(self._gram)
         self._inputs = [torch.cat(self._inputs)] if self._inputs else []
         self._moves = [torch.cat(self._moves)] if self._moves else []
+        return self
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What it knows once it is finished: gram, cross [K, K] or inputs, moves [T, K], where they are there."""
+        known = {"inputs": self._inputs, "moves": self._moves}
+        sums = {"gram": self._gram, "cross": self._cross}
+        return {**{name: some[0] for name, some in known.items() if some},
+                **{name: total for name, total in sums.items() if total is not None}}
+
+    @classmethod
+    def restored(cls, tokens: int, paired: bool, columns: int, state: Mapping[str, torch.Tensor],
+                 device: torch.device) -> HeldOut:
+        """The one whose `state` this is."""
+        self = cls(columns, "gram" not in state, device)
+        self.tokens, self.paired = tokens, paired
+        self._inputs, self._moves = ([state[name]] if name in state else [] for name in ("inputs", "moves"))
+        self._gram, self._cross = state.get("gram"), state.get("cross")
         return self
 
     def finite(self) -> bool:

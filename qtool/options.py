@@ -40,6 +40,8 @@ Probe = Annotated[bool, _option("With --dry-run: solve one block first, in a tem
 Redo = Annotated[list[str] | None, _option(
     "Redo only the linears of a finished --out that match, such as 'model.layers.20.*'; may be repeated. What is not "
     "said is as it was there.", "--redo", metavar="PATTERN")]
+KeepStatistics = Annotated[bool, _option("Keep what the text showed of each linear's inputs in OUT/statistics, so that "
+                                         "--redo needs no text.", "--keep-statistics")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
 Method = Annotated[str | None, _recipe_option(
     "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, fp8, fp8-static, "

@@ -23,7 +23,10 @@ from qtool.recipe import Recipe
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, device: str = "auto") -> Plan:
     """The plan of a run; of several outputs, the first's, with the `others`. Raises as that of plan.py does."""
     if not recipe.outputs:
-        return plan_one(checkpoint, recipe, out, device)
+        plan = plan_one(checkpoint, recipe, out, device)
+        if recipe.keep_statistics:
+            _refuse_to_keep(plan)
+        return plan
     place = out or Path(f"{checkpoint.name}-{recipe.name}")
     plans = []
     for name, alone in recipe.each().items():
@@ -39,6 +42,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     memory = {**first.memory, "peak": first.memory["runtime"] + held}
     return replace(first, others=tuple(others), whole=settled, memory=memory,
                    warnings=tuple(f"{one.name}: {text}" for one in plans for text in one.warnings))
+
+
+def _refuse_to_keep(plan: Plan) -> None:
+    """Raise PlanError where no --redo could use what --keep-statistics keeps."""
+    reason = (f"{plan.recipe.method} chooses codes without text, so there are none" if not plan.solves_on_text
+              else "they are for --redo, which cannot change a GGUF file" if plan.gguf is not None else "")
+    if reason:
+        raise PlanError(f"--keep-statistics: {reason}; leave it out")
 
 
 def _refuse_apart(first: Plan, other: Plan, propagate: str | None) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,12 +33,14 @@ from qtool import (
     formats,
     found,
     heap,
+    keeping,
     manifest,
     outputs,
     outside,
     preflight,
     prepare,
     quality,
+    reading,
     rotate,
     sensitivity,
 )
@@ -93,7 +94,8 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
 def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: calibration.CalibrationTokens | None,
               work: Workspace) -> dict[str, Any]:
     """Everything once the schemes are known."""
-    jobs = [Job(checkpoint, one, container.open_writer(one, work.folder, checkpoint.name), progress)
+    keeper = keeping.Keeper(work.folder, plan.scaling_steps) if plan.recipe.keep_statistics else None
+    jobs = [Job(checkpoint, one, container.open_writer(one, work.folder, checkpoint.name), progress, keeper=keeper)
             for one in (plan, *plan.others)]
     solve_stages(jobs, tokens, work)
     progress.message("naming and hashing the files")
@@ -108,7 +110,8 @@ def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: ca
 class Job:
     """What every step of one run needs.
 
-    finished, original: where some linears are done, what holds their codes, and the unquantized model.
+    finished, original: where some linears are done, what holds their codes, and the unquantized model.  keeper: where
+    the statistics are kept.
     """
 
     checkpoint: Checkpoint
@@ -117,6 +120,7 @@ class Job:
     progress: Progress
     finished: Source | None = None
     original: Checkpoint | None = None
+    keeper: keeping.Keeper | None = None
 
 
 def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | None, work: Workspace) -> None:
@@ -126,7 +130,7 @@ def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | No
     stream = None
     if tokens is not None and plan.calibrated:
         stream = Stream.open(plan, jobs[0].checkpoint.read, tokens, work)
-    for stage, weights in read_ahead(jobs[0], work.finished):
+    for stage, weights in reading.ahead(jobs[0].checkpoint, plan, work.finished):
         began = time.monotonic()
         layers, *more = do_stage(jobs, stage, weights, stream)
         heap.give_back()
@@ -134,11 +138,12 @@ def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | No
             job.writer.sync()
         if stream is not None and stage.block is not None:
             stream.save(stage.block + 1)
-        work.record(stage.name, {"layers": layers, **({"others": more} if more else {})})
+        work.record(stage.name, {"layers": layers, **({"others": more} if more else {}),
+                                 **(jobs[0].keeper.last if jobs[0].keeper and stage.block is not None else {})})
         if stream is not None and stage.block is not None:
             stream.forget(stage.block)
         if stage.block is not None:
-            progress.block(stage.block, stage.name, time.monotonic() - began, _worst(layers), estimate.resident())
+            progress.block(stage.block, stage.name, time.monotonic() - began, worst(layers), estimate.resident())
 
 
 def do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
@@ -152,7 +157,7 @@ def do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor]
         for name in own.copied:
             _copy(job, name, weights)
         records.append([record for group in one_scale(own.todo)
-                        for record in _solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
+                        for record in solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
                        + [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in own.outside])
     return records
 
@@ -165,8 +170,10 @@ def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
     for name, weight in weights.items():
         _refuse_non_finite(name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
-    notes = {} if stage.done else rescale(plan, stage, block, stream, weights)
+    notes, scalings = ({}, []) if stage.done else rescale(plan, stage, block, stream, weights)
     listed = outlier_notes(plan, stage, block, stream) if stage.todo else {}
+    if job.keeper:
+        job.keeper.begin(stage, scalings)
     for one in jobs:
         for name in one.plan.stage_like(stage).copied:
             _copy(one, name, weights)
@@ -180,16 +187,26 @@ def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
     into = None if plan.whole is not None and plan.whole.propagate else block  # what the stream goes on through
     records: list[list[dict[str, Any]]] = [[] for _ in jobs]
     for names, stats in _collected(plan, stage, stream):
+        if job.keeper and stats:
+            job.keeper.add(names, stats)
         own = {linear.name: _weight(job, linear, weights) for linear in stage.todo if linear.name in names}
-        for place, group, figures in _together(jobs, stage, names, stats):
+        for place, group, figures in together(jobs, stage, names, stats):
             originals = [own[linear.name].to(plan.device) for linear in group]
-            records[place] += _solve(jobs[place], group, originals, figures, None if place else into, ranges.inputs)
+            records[place] += solve(jobs[place], group, originals, figures, None if place else into, ranges.inputs)
     weights.clear()
     if index + 1 < plan.blocks:
         stream.propagate(index)
-    order = {linear.name: place for place, linear in enumerate(stage.linears)}
-    return [sorted(({**record, **notes.get(record["name"], {}), **listed.get(record["name"], {})} for record in some),
-                   key=lambda record: order[record["name"]]) for some in records]
+    told = {one.name: {**notes.get(one.name, {}), **listed.get(one.name, {})} for one in stage.linears}
+    if job.keeper:
+        job.keeper.end(told)
+    return [in_order(stage, some, told) for some in records]
+
+
+def in_order(stage: Stage, records: Sequence[Mapping[str, Any]],
+             notes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a stage's linears as these follow each other, with what is noted of them by name."""
+    known = {record["name"]: {**record, **notes[record["name"]]} for record in records}
+    return [known[one.name] for one in stage.linears if one.name in known]
 
 
 def _stored_scales(job: Job, stage: Stage) -> dict[str, torch.Tensor]:
@@ -212,7 +229,7 @@ def _collected(plan: Plan, stage: Stage, stream: Stream) -> Iterator[tuple[list[
             del stats
 
 
-def _together(jobs: Sequence[Job], stage: Stage, names: Sequence[str], stats: CalibrationStats | None) -> Iterator[
+def together(jobs: Sequence[Job], stage: Stage, names: Sequence[str], stats: CalibrationStats | None) -> Iterator[
         tuple[int, list[LinearPlan], CalibrationStats | None]]:
     """What is solved as one, for each output; the last may take out of the statistics what its steps have done with."""
     todo = []
@@ -226,9 +243,9 @@ def _together(jobs: Sequence[Job], stage: Stage, names: Sequence[str], stats: Ca
         yield *todo[-1], stats
 
 
-def _solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats: CalibrationStats | None,
-           block: torch.nn.Module | None = None,
-           input_scales: Mapping[str, torch.Tensor] = EMPTY) -> list[dict[str, Any]]:
+def solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats: CalibrationStats | None,
+          block: torch.nn.Module | None = None,
+          input_scales: Mapping[str, torch.Tensor] = EMPTY) -> list[dict[str, Any]]:
     """Run the recipe's steps on linears that share an input; write each; put the result into the block."""
     plan = job.plan
     stacked = weights[0].float() if len(weights) == 1 else torch.cat([weight.float() for weight in weights])
@@ -316,28 +333,6 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
         raise NumericalError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged")
 
 
-def read_ahead(job: Job, finished: dict[str, Any]) -> Iterator[tuple[Stage, dict[str, torch.Tensor]]]:
-    """Every unfinished stage with its weights; when calibrating, block i + 1 is read while block i is solved."""
-    todo = [stage for stage in job.plan.stages if stage.name not in finished]
-    if not job.plan.calibrated:
-        yield from ((stage, {}) for stage in todo)
-        return
-
-    def read(stage: Stage) -> dict[str, torch.Tensor]:
-        if stage.block is None:
-            return {}
-        skeleton = job.plan.skeleton
-        names = {skeleton.source(name) for name in skeleton.block_parameters(stage.block)}
-        return {name: job.checkpoint.read(name) for name in sorted(names)}
-
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
-        future = pool.submit(read, todo[0]) if todo else None
-        for place, stage in enumerate(todo):
-            weights = future.result() if future else {}
-            future = pool.submit(read, todo[place + 1]) if place + 1 < len(todo) else None
-            yield stage, weights
-
-
 def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any]:
     """Name the shards, add config, tokenizer, manifest and card, check the key set. place: among several outputs."""
     plan, folder = job.plan, job.writer.folder
@@ -355,8 +350,10 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
         files = {"config.json": config, **plan.format.extra_files(config.get("quantization_config", {}))}
         for name, content in files.items():
             manifest.write_json(folder / name, content)
-    parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
     shared = outputs.solved_on(plan, first) if first.others else {}
+    if job.keeper:
+        shared["statistics"] = job.keeper.finish({stage.name: work.finished[stage.name] for stage in plan.stages})
+    parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
     result = {**work.identity, "recipe": plan.recipe.model_dump(mode="json"), **shared, "format": plan.format.NAME,
               "layers": layers, "rotation": rotate.describe(plan.rotated),
               "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
@@ -390,7 +387,8 @@ def _linear_of(block: torch.nn.Module, plan: Plan, linear: LinearPlan) -> torch.
     return module
 
 
-def _worst(layers: list[dict[str, Any]]) -> tuple[str, float] | None:
+def worst(layers: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:
+    """The linear with the largest error of its outputs, and that."""
     errors = [(layer["name"], layer["relative_error"]) for layer in layers if layer["relative_error"] is not None]
     return max(errors, key=lambda pair: pair[1], default=None)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from qtool import budget, devices, estimate, found, plan_gguf, rotate
+from qtool import budget, devices, estimate, found, keeping, plan_gguf, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
 from qtool.formats import stored_bytes
@@ -85,6 +85,16 @@ class Plan:
         return float_share(self.steps)
 
     @property
+    def scaling_steps(self) -> int:
+        """How many steps scale the channels of a block before it is solved."""
+        return sum(getattr(module, "SCALES_INPUTS", False) for module, _ in self.steps)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Of what the recipe keeps for --redo (keeping.py)."""
+        return keeping.size(work_of(self), self.scaling_steps) if self.recipe.keep_statistics else 0
+
+    @property
     def float_stream(self) -> bool:
         return self.float_share > 0
 
@@ -115,8 +125,9 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Largest need while running: the output, and what is removed again."""
-        return sum(one.weight_bytes for one in (self, *self.others)) + self.temporary["peak"]
+        """Largest need while running: the output with its statistics, and what is removed again."""
+        weights = sum(one.weight_bytes for one in (self, *self.others))
+        return weights + self.statistics_bytes + self.temporary["peak"]
 
     @property
     def peak_memory(self) -> int:
@@ -148,7 +159,8 @@ class Plan:
             "rotation": rotate.describe(self.rotated),
             "warnings": list(self.warnings), "source_bytes": self.source_bytes, "weight_bytes": self.weight_bytes,
             "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
-            "temporary": self.temporary, "peak_memory": self.peak_memory, "memory": self.memory,
+            "statistics_bytes": self.statistics_bytes, "temporary": self.temporary, "peak_memory": self.peak_memory,
+            "memory": self.memory,
         }
 
 

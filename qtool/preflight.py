@@ -117,6 +117,9 @@ def _changes(plan: Plan, what: str) -> Iterator[tuple[str, Plan]]:
     """Smaller settings, the largest of each kind first."""
     if not plan.text_samples:
         return
+    if what == "disk" and plan.recipe.keep_statistics:
+        yield "leave --keep-statistics out", replace(plan, recipe=plan.recipe.model_copy(
+            update={"keep_statistics": False}))
     given = plan.recipe.calibration
     if what == "memory" and plan.memory.get("stream"):
         yield "--set memory_budget_gb=0.001", _with(plan, memory_budget_gb=0.001)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qtool import console, container, duration, estimate, heap, pipeline, prepare, rotate, storage
+from qtool import console, container, duration, estimate, heap, pipeline, prepare, reading, rotate, storage
 from qtool.checkpoint.reader import Checkpoint
 from qtool.plan import Plan
 from qtool.stages import Stage
@@ -81,7 +81,7 @@ def _solve(checkpoint: Checkpoint, plan: Plan, out: Path, tell: Tell) -> tuple[f
                 for one in (cut, *cut.others)]
         stream = Stream.open(cut, source.read, tokens, work) if tokens is not None and plan.calibrated else None
         opened = time.monotonic() - began
-        for stage, weights in pipeline.read_ahead(jobs[0], {}):
+        for stage, weights in reading.ahead(source, cut, ()):
             index = stage.block or 0
             tell(f"solving block {index + 1}")
             began = time.monotonic()

@@ -199,6 +199,7 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     memory_budget_gb: float = Field(4.0, gt=0)  # activations past this go to a memory-mapped file
     shard_gb: float = Field(4.0, gt=0)
+    keep_statistics: bool = False  # those that the linears are solved on, beside them, for a --redo without text
     outputs: tuple[Output, ...] = ()  # several from one calibration; the stream runs through the first's weights ...
     propagate: Literal["original"] | None = None  # ... or through the model's own
 
@@ -209,6 +210,9 @@ class Recipe(Strict):
             raise ValueError(f"two of the outputs have one name: {', '.join(names)}")
         if self.outputs and (self.budget or self.kv_cache):
             raise ValueError("a budget and kv_cache are for runs with one output; leave them or outputs out")
+        if self.outputs and self.keep_statistics:
+            raise ValueError("statistics are kept for --redo, which changes runs with one output; leave outputs or "
+                             "keep_statistics out")
         if self.propagate and not self.outputs:
             raise ValueError("propagate is for a recipe with outputs; leave it out")
         return self

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool import decode, flags, found, manifest, recipe, rotate
+from qtool import decode, flags, found, kept, manifest, recipe, rotate
 from qtool.checkpoint.header import read_header, read_json
 from qtool.checkpoint.reader import Checkpoint, shard_names
 from qtool.checkpoint.writer import INDEX, Shard, aligned
@@ -26,7 +26,8 @@ from qtool.stages import LinearPlan, Stage
 from qtool.tensors import TensorSpec
 
 NEAR = 3  # names in a message
-WHOLE = ("format", "dtype", "kv_cache", "budget", "outputs", "propagate", "mixture", "rules", "shard_gb")
+WHOLE = ("format", "dtype", "kv_cache", "budget", "outputs", "propagate", "mixture", "rules", "shard_gb",
+         "keep_statistics")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Redo:
 
     record: the manifest of the output.  linears: what is made again, by name.  plan: of the whole output as it will be.
     part: that plan with the stages that must be run, finished linears marked.  files: the files to write again.
+    kept: the statistics that it is solved on without text; None: the text is run where steps need it, the reason is
+    `why`.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +48,8 @@ class Redo:
     plan: Plan
     part: Plan
     files: tuple[Shard, ...]
+    kept: kept.Kept | None
+    why: str
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -71,9 +76,15 @@ def prepare(checkpoint: Checkpoint, out: Path, given: flags.Given, patterns: Seq
         raise PlanError(f"{out}: its weights are rotated otherwise than this recipe says; keep its step rotate")
     if any(one.scheme.activations == "tensor" for one in plan.linears) and not plan.recipe.measures_ranges:
         raise PlanError("calibrated scales of inputs (activations: tensor) are for the whole output; leave them out")
-    _refuse_parts_of_scaled(plan, linears, out, Recipe.model_validate(record["recipe"]))
-    part = _part(plan, linears, record)
-    return Redo(checkpoint, output, record, tuple(patterns), linears, plan, part, _files(output, plan, part, record))
+    base = Recipe.model_validate(record["recipe"])
+    there, why = kept.find(plan, base, record, linears)
+    if there is None:
+        _refuse_parts_of_scaled(plan, linears, out, base)
+    part = _part(plan, linears, record) if there is None else _solved_again(plan, linears)
+    if there is not None:
+        there.refuse_damaged(part.stages)
+    return Redo(checkpoint, output, record, tuple(patterns), linears, plan, part,
+                _files(output, plan, part, record), there, why)
 
 
 def _record(out: Path) -> dict[str, Any]:
@@ -176,6 +187,16 @@ def _part(plan: Plan, linears: frozenset[str], record: Mapping[str, Any]) -> Pla
     return replace(plan, stages=tuple(stages))
 
 
+def _solved_again(plan: Plan, linears: frozenset[str]) -> Plan:
+    """The stages with such a linear, for solving on kept statistics: no block is run, nothing else changes."""
+    stages = []
+    for stage in plan.stages:
+        done = frozenset(one.name for one in stage.linears if one.name not in linears)
+        if stage.block is not None and len(done) < len(stage.linears):
+            stages.append(replace(stage, done=done, copied=(), attention=None))
+    return replace(plan, stages=tuple(stages), temporary=dict.fromkeys(plan.temporary, 0))
+
+
 def replaced(part: Plan, stage: Stage) -> list[TensorSpec]:
     """The tensors of a stage that are written again."""
     if stage.copied:
@@ -221,6 +242,10 @@ def notes(redo: Redo) -> list[str]:
     plan, last = redo.plan, max(stage.block or 0 for stage in redo.part.stages)
     later = plan.blocks - 1 - last
     found = list(plan.warnings)
+    if redo.kept is not None:
+        found.append(f"solved on the statistics in {redo.kept.folder}, those of the first run, without text")
+    elif redo.why:
+        found.append(f"the text is run through {len(redo.part.stages)} blocks, because {redo.why}")
     if plan.calibrated and later:
         found.append(f"the {later} blocks after block {last} stay as they are, although their inputs change a little")
     return found
@@ -235,8 +260,9 @@ def described(redo: Redo) -> dict[str, Any]:
     whole = [path.name for path in sorted(plan.out.glob("*.safetensors"))]
     return {"schema": 1, "source": plan.origin, "out": str(plan.out), "patterns": list(redo.patterns),
             "linears": linears, "recipe": plan.recipe.model_dump(mode="json"), "device": str(plan.device),
-            "samples": plan.text_samples, "blocks": len(redo.part.stages),
+            "samples": 0 if redo.kept else plan.text_samples, "blocks": len(redo.part.stages),
+            "statistics": "kept" if redo.kept else None, "reason": redo.why or None,
             "files": {one.file_name: sum(spec.nbytes for spec in one.specs) for one in redo.files},
             "kept_files": [name for name in whole if name not in names],
             "weight_bytes_before": redo.record["totals"]["weight_bytes"], "weight_bytes": plan.weight_bytes,
-            "temporary": plan.temporary, "peak_memory": plan.peak_memory, "warnings": notes(redo)}
+            "temporary": redo.part.temporary, "peak_memory": plan.peak_memory, "warnings": notes(redo)}

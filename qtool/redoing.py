@@ -14,18 +14,23 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtool import arithmetic, card, devices, digests, heap, manifest, pipeline, rotate, storage
+from qtool import arithmetic, card, devices, digests, estimate, heap, keeping, manifest, pipeline, rotate, storage
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
 from qtool.checkpoint.writer import INDEX, ShardWriter, write_index
 from qtool.errors import OutputError, VerificationError
+from qtool.kept import Kept
+from qtool.models.calibration import CalibrationTokens
+from qtool.models.folds import Scaling
 from qtool.redo import Redo, replaced
 from qtool.workspace import Workspace
 
@@ -50,9 +55,10 @@ def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[
     heap.reuse()
     if not restart:
         arithmetic.resume(_beside(out)[0])
-    tokens = before_runs.tokens_of(redo.checkpoint, plan)
-    identity = before_runs.identity_of(redo.checkpoint, plan, tokens)
-    entry = {**redo.asked, "calibration": identity["calibration"], "versions": identity["versions"]}
+    tokens = before_runs.tokens_of(redo.checkpoint, plan) if redo.kept is None else None
+    identity = _identity(redo, tokens)
+    entry = {**redo.asked, "calibration": identity["calibration"], "versions": identity["versions"],
+             "statistics": "kept" if redo.kept else None}
     last = {key: value for key, value in (redo.record.get("redone") or [{}])[-1].items() if key != "before"}
     if last == json.loads(json.dumps(entry)):
         progress.message(f"{out} has been redone in this way already")
@@ -68,13 +74,52 @@ def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[
             _copy_kept(redo, writer)
             work.record(KEPT, {})
         with torch.inference_mode():
-            pipeline.solve_stages([job], tokens, work)
+            if redo.kept is None:
+                pipeline.solve_stages([job], tokens, work)
+            else:
+                _solve_kept(redo.kept, job, work)
         progress.message("naming and hashing the files")
         result = _finish(redo, writer, work, entry)
         work.complete()
     _swap(out)
     progress.finish()
     return result
+
+
+def _identity(redo: Redo, tokens: CalibrationTokens | None) -> dict[str, Any]:
+    """Of the run that this redo is; on kept statistics, their text is its text."""
+    identity = before_runs.identity_of(redo.checkpoint, redo.part, tokens)
+    if redo.kept is None:
+        return identity
+    return {**identity, "calibration": redo.record["calibration"],
+            manifest.ARITHMETIC: arithmetic.described(redo.part.device)}
+
+
+def _solve_kept(kept: Kept, job: pipeline.Job, work: Workspace) -> None:
+    """Solve and record the stages that the journal does not have, on what the first run measured for them."""
+    plan, progress = job.plan, job.progress
+    progress.start(len(plan.stages), sum(stage.name in work.finished for stage in plan.stages))
+    for stage in plan.stages:
+        if stage.name in work.finished:
+            continue
+        began, records, scalings = time.monotonic(), [], kept.scalings(stage)
+        for names, stats in kept.groups(stage, plan.device):
+            for _, group, figures in pipeline.together([job], stage, names, stats):
+                weights = [_scaled(job.checkpoint.read(f"{one.stored}.weight").to(plan.device),
+                                   scalings.get(one.name, ())) for one in group]
+                records += pipeline.solve(job, group, weights, figures)
+        heap.give_back()
+        job.writer.sync()
+        layers = pipeline.in_order(stage, records, kept.notes(stage))
+        work.record(stage.name, {"layers": layers})
+        progress.block(stage.block or 0, stage.name, time.monotonic() - began, pipeline.worst(layers),
+                       estimate.resident())
+
+
+def _scaled(weight: torch.Tensor, scalings: Iterable[Scaling]) -> torch.Tensor:
+    for one in scalings:
+        weight = replace(one, by=one.by.to(weight.device)).of(weight)
+    return weight
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
@@ -111,7 +156,7 @@ def _refuse_damaged(redo: Redo) -> None:
 
 
 def _refuse_full_disk(redo: Redo) -> None:
-    needed = sum(spec.nbytes for shard in redo.files for spec in shard.specs) + redo.plan.temporary["peak"]
+    needed = sum(spec.nbytes for shard in redo.files for spec in shard.specs) + redo.part.temporary["peak"]
     storage.refuse_full(_beside(redo.plan.out)[0], needed, "the redo", ["redo fewer linears at a time",
                                                                        "make room"])
 
@@ -155,7 +200,8 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
         raise VerificationError(f"{folder}: a loader would not find the redone linears with their schemes; this is a "
                                 f"bug in format {plan.format.NAME}")
     writer.finish()
-    kept_files = _link(out, folder, {*(shard.file_name for shard in redo.files), INDEX, *OWN, "config.json"})
+    lost = _lost_statistics(redo)
+    kept_files = _link(out, folder, {*(shard.file_name for shard in redo.files), INDEX, *OWN, "config.json", *lost})
     if (out / INDEX).is_file():
         before = json.loads((out / INDEX).read_text(encoding="utf-8"))["weight_map"]
         write_index(folder, {spec.name: (spec.nbytes, tensors[spec.name][1] if spec.name in tensors
@@ -165,12 +211,22 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
         (folder / name).unlink(missing_ok=True)  # a link to the old one's
         manifest.write_json(folder / name, content)
     result = _manifest(redo, work, entry)
+    if lost:
+        result["statistics"] = keeping.only_there(out / keeping.FOLDER, folder / keeping.FOLDER)
     (folder / "README.md").write_text(card.text(result, plan.format.LOADERS), encoding="utf-8")
     result |= _digests(redo, folder, kept_files - set(extra), {spec.name for spec in plan.outputs})
     manifest.save(folder, result)
     for path in folder.glob("stream-*.bin"):  # at the entrance of the block after the last one that was run
         path.unlink()
     return result
+
+
+def _lost_statistics(redo: Redo) -> set[str]:
+    """The files of statistics that no longer hold: of blocks whose channels are scaled otherwise now, and the index."""
+    if not (redo.plan.out / keeping.FOLDER / keeping.INDEX).is_file():
+        return set()
+    files = {keeping.block_file(stage.block) for stage in redo.part.stages if stage.copied and stage.block is not None}
+    return {f"{keeping.FOLDER}/{name}" for name in (*files, keeping.INDEX)} if files else set()
 
 
 def _manifest(redo: Redo, work: Workspace, entry: Mapping[str, Any]) -> dict[str, Any]:

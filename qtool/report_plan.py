@@ -52,7 +52,8 @@ def redo(data: Mapping[str, Any]) -> RenderableType:
     rows: list[tuple[str, str | Text]] = [
         ("in", data["out"]), ("from", data["source"]), ("method", method),
         ("linears", ", ".join(f"{count}: {text}" for text, count in moves.items())),
-        ("blocks", f"{data['blocks']} are run" + (f", on {data['samples']} samples" if data["samples"] else "")),
+        ("blocks", "none is run" if data["statistics"] else f"{data['blocks']} are run"
+         + (f", on {data['samples']} samples" if data["samples"] else "")),
         ("files", f"{', '.join(data['files'])} ({size(sum(data['files'].values()))}) again; "
                   f"{len(data['kept_files'])} others stay as they are"),
         ("size", f"{size(data['weight_bytes_before'])} → {size(data['weight_bytes'])}"),
@@ -84,6 +85,7 @@ def needs(data: Mapping[str, Any]) -> RenderableType:
     if data["gpu_memory"] is not None:
         rows.append(line(f"memory of {data['device']}", data["gpu_memory"], "gpu_memory", {}))
     rows += [line("disk, output", sum(data["files"].values()), "disk", {}),
+             *([line("disk, kept statistics", kept, "disk", {})] if (kept := data["statistics_bytes"]) else []),
              line("disk, while running", temporary["peak"], "disk", temporary)]
     took = "unknown: the device is not here" if data["seconds"] is None else f"about {span(data['seconds'])}"
     probe = data["probe"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,19 +21,21 @@ Notes = dict[str, dict[str, Any]]
 
 
 def rescale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream,
-            weights: dict[str, torch.Tensor]) -> Notes:
+            weights: dict[str, torch.Tensor]) -> tuple[Notes, list[folds.Scaling]]:
     """Apply the scaling steps of the recipe to a block and to its `weights` (by name in the checkpoint).
 
-    The block computes what it did before. Returns what the manifest should tell of each linear whose weight changed.
+    The block computes what it did before. Returns what the manifest should tell of each linear whose weight changed,
+    and what was done to the weights of linears, by name and in order.
     """
     notes: Notes = {}
+    scalings: list[folds.Scaling] = []
     for step, options in plan.steps:
         if getattr(step, "SCALES_INPUTS", False):
             surveys = stream.survey(block, stage, options.samples, options.tokens)
             trial = Trial(block, functools.partial(stream.trial, block, stage))
             for fold in stream.folds(block, stage, surveys):
-                _scale(plan, stage, trial, fold, surveys[fold.consumers], step, options, weights, notes)
-    return notes
+                scalings += _scale(plan, stage, trial, fold, surveys[fold.consumers], step, options, weights, notes)
+    return notes, scalings
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Trial:
 
 
 def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: folds.Survey, step: Any, options: Any,
-           weights: dict[str, torch.Tensor], notes: Notes) -> None:
+           weights: dict[str, torch.Tensor], notes: Notes) -> list[folds.Scaling]:
     block = trial.block
     prefix = plan.skeleton.blocks[stage.block or 0] + "."
     stored = {path: plan.skeleton.source(prefix + path) for path, _ in block.named_parameters()}
@@ -70,13 +72,14 @@ def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: fol
     scale, told = candidates[0]
     if len(candidates) > 1:
         scale, told = min(candidates, key=lambda one: trial.moved(_rounded(block, fold, layer, survey, one[0])))
-    changed = folds.apply(block, fold, scale, read, plan.model_dtype)
+    changed, scalings = folds.apply(block, fold, scale, read, plan.model_dtype)
     for path, tensor in changed.items():
         weights[stored[path]] = tensor.cpu()
     for linear in group:
         notes.setdefault(linear.name, {}).update(told, rescaled=True)
     if fold.linear and prefix + fold.source in linears:
         notes.setdefault(prefix + fold.source, {})["rescaled"] = True
+    return [replace(one, linear=prefix + one.linear) for one in scalings if prefix + one.linear in linears]
 
 
 def _rounded(block: torch.nn.Module, fold: folds.Fold, layer: Layer, survey: folds.Survey,

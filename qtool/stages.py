@@ -119,6 +119,15 @@ def same_scheme(linears: list[LinearPlan]) -> list[list[LinearPlan]]:
     return list(groups.values())
 
 
+def shared_inputs(stage: Stage) -> list[list[LinearPlan]]:
+    """The linears that will probably share their input: those that engines run as one matrix. Which really do is found
+    while running."""
+    groups: dict[str, list[LinearPlan]] = {}
+    for linear in stage.linears:
+        groups.setdefault(formats.fused_name(linear.name), []).append(linear)
+    return list(groups.values())
+
+
 def one_scale(linears: Iterable[LinearPlan]) -> list[list[LinearPlan]]:
     """Without statistics each linear is solved alone, but those that engines run as one share a scale of the whole."""
     groups: dict[str, list[LinearPlan]] = {}

@@ -61,8 +61,9 @@ def aligned(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def header_bytes(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Length and JSON header, padded with spaces so that the data begins at a multiple of eight bytes."""
+def header_bytes(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None, least: int = 0) -> bytes:
+    """Length and JSON header, padded with spaces so that the data begins at a multiple of eight bytes; `least` bytes of
+    it, which is one too, at least."""
     entries: dict[str, object] = {"__metadata__": dict(sorted((PYTORCH if metadata is None else metadata).items()))}
     offset = 0
     for spec in specs:
@@ -70,7 +71,7 @@ def header_bytes(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
                               "data_offsets": [offset, offset + spec.nbytes]}
         offset += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, least - 8 - len(text))
     return struct.pack("<Q", len(text)) + text
 
 

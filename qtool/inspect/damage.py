@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool import digests, manifest
+from qtool import digests, keeping, manifest
 from qtool.errors import CheckpointError, InputError, VerificationError
 from qtool.inspect import graph
 from qtool.inspect.files import Step, no_steps
@@ -48,7 +48,8 @@ def _wrong_seal(file: Path) -> list[str]:
 
 
 def _changed(folder: Path, record: Mapping[str, Any], step: Step) -> list[str]:
-    problems, files = [], record["outputs"]
+    problems, kept = [], _statistics(folder, record)
+    files = {**record["outputs"], **kept}
     for done, (name, meant) in enumerate(files.items()):
         step(done, len(files), name)
         path = folder / name
@@ -58,8 +59,14 @@ def _changed(folder: Path, record: Mapping[str, Any], step: Step) -> list[str]:
         digest, inside = digests.of_file(path, _places(path))
         if digest != meant:
             problems.append(f"{path}: is not as it was written (its sha256 differs from the manifest's)"
-                            + _where(inside, record.get("tensors") or {}))
+                            + _where(inside, {} if name in kept else record.get("tensors") or {}))
     return problems
+
+
+def _statistics(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The files that --keep-statistics made; all of them may have been removed."""
+    files = (record.get("statistics") or {}).get("files", {}) if (folder / keeping.FOLDER).is_dir() else {}
+    return {f"{keeping.FOLDER}/{name}": digest for name, digest in files.items()}
 
 
 def _places(path: Path) -> digests.Places:
@@ -83,7 +90,7 @@ def _where(inside: Mapping[str, str], known: Mapping[str, str]) -> str:
 
 def _unknown(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Files that are not in the manifest. Those with a dot before their names are other programs' (git, the Hub)."""
-    known = {*record["outputs"], manifest.NAME}
+    known = {*record["outputs"], *_statistics(folder, record), manifest.NAME}
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     return [f"{folder / name}: is not in the manifest; a loader may take it for a part of the model: remove it"
             for name in names if name.as_posix() not in known and not any(one.startswith(".") for one in name.parts)]

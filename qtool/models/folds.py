@@ -22,6 +22,7 @@ from qtool.models.streams import StreamStore
 
 FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
 TOLERANCE = 1e-3  # of the output's size, for a fold that holds; float32 and bfloat16 rounding stay below it
+ROWS, COLUMNS = "rows", "columns"  # of a weight, that a fold divides or multiplies
 Run = Callable[[], torch.Tensor]
 
 
@@ -52,6 +53,19 @@ class Fold:
     added: bool = False
     repeat: int = 1
     run: int = 1
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a fold does to the weight [N, K] of a linear: rows divided by `by` [N], or columns times `by` [K]."""
+
+    linear: str
+    axis: str
+    by: torch.Tensor
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """float32 [N, K]."""
+        return weight.float() / self.by[:, None] if self.axis == ROWS else weight.float() * self.by
 
 
 def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
@@ -108,16 +122,19 @@ def find_folds(block: nn.Module, groups: Iterable[tuple[str, ...]], run: Run) ->
 
 
 def apply(block: nn.Module, fold: Fold, scale: torch.Tensor, read: Callable[[str], torch.Tensor],
-          norm_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Multiply the columns of the consumers by scale [K], divide their source by it; parameters by path in the block.
+          norm_dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[Scaling]]:
+    """Multiply the columns of the consumers by scale [K], divide their source by it; parameters by path in the block,
+    and what was done to the linears.
 
     read: the exact parameter at a path. The norm is rounded to norm_dtype first and the consumers follow what it really
     became, so that nothing is lost. The block's own parameters are changed too.
     """
     changed: dict[str, torch.Tensor] = {}
+    done: list[Scaling] = []
     if fold.linear:
-        rows = _source_scale(fold, scale)
-        changed[f"{fold.source}.weight"] = read(f"{fold.source}.weight").float() / rows[:, None]
+        done = [Scaling(fold.source, ROWS, _source_scale(fold, scale))]
+        rows = done[0].by
+        changed[f"{fold.source}.weight"] = done[0].of(read(f"{fold.source}.weight"))
         if _linear(block, fold.source).bias is not None:
             bias = read(f"{fold.source}.bias")
             changed[f"{fold.source}.bias"] = (bias.float() / rows).to(bias.dtype)
@@ -128,11 +145,12 @@ def apply(block: nn.Module, fold: Fold, scale: torch.Tensor, read: Callable[[str
         real = (before + one) / (after.float() + one)
         scale = torch.where(torch.isfinite(real) & (real > 0), real, 1.0)
         changed[f"{fold.source}.weight"] = torch.where(scale == 1, before.to(norm_dtype), after)
-    for path in fold.consumers:
-        changed[f"{path}.weight"] = read(f"{path}.weight").float() * scale
+    done += [Scaling(path, COLUMNS, scale) for path in fold.consumers]
+    for scaling in done[-len(fold.consumers):]:
+        changed[f"{scaling.linear}.weight"] = scaling.of(read(f"{scaling.linear}.weight"))
     for path, tensor in changed.items():
         block.get_parameter(path).data.copy_(tensor)
-    return changed
+    return changed, done
 
 
 def source_shape(fold: Fold, columns: int) -> torch.Size:

@@ -49,6 +49,23 @@ def test_redo_on_the_command_line(run: Run, place: Path, model: Path) -> None:
     assert status == 0 and len(json.loads(out)["redone"]) == 1
 
 
+def test_redo_on_kept_statistics_on_the_command_line(run: Run, place: Path, model: Path) -> None:
+    words = ("quantize", model, *SMALL, "--out", "done", "--keep-statistics")
+    status, out, _ = run(*words, "--dry-run")
+    assert status == 0 and "disk, kept statistics" in out
+    assert run(*words, "--quiet")[0] == 0
+    again = ("quantize", model, "--out", "done", "--redo", "model.layers.1.*", "--bits", "8")
+    status, out, _ = run(*again, "--dry-run")
+    assert status == 0 and "none is run" in out and "those of the first run, without text" in " ".join(out.split())
+    status, out, _ = run(*again, "--samples", "6", "--dry-run")
+    assert status == 0 and "calibration.samples: 4 -> 6" in " ".join(out.split())
+    status, out, err = run(*again, "--json")
+    assert status == 0 and json.loads(out)["redone"][0]["statistics"] == "kept"
+    assert run("inspect", "done", "--verify")[0] == 0
+    status, out, err = run("quantize", model, "--method", "rtn", "--group-size", "32", "--keep-statistics", "--dry-run")
+    assert status == 2 and "--keep-statistics: rtn chooses codes without text" in " ".join(err.split())
+
+
 @pytest.mark.parametrize("words, message", [
     (["--redo", "*"], "give its folder with --out"), (["--probe"], "--probe goes with --dry-run"),
     (["--redo", "*", "--out", "nowhere"], "nowhere: --redo changes a finished output, and there is none"),

@@ -52,7 +52,7 @@ def test_the_block_computes_what_it_did(checkpoint, ids, family):
     for fold in run.folds:
         columns = run.block.get_submodule(fold.consumers[0]).in_features
         scale = folds.tied(fold, torch.rand(columns) * 4 + 0.2)
-        weights |= folds.apply(run.block, fold, scale, weights.__getitem__, torch.bfloat16)
+        weights |= folds.apply(run.block, fold, scale, weights.__getitem__, torch.bfloat16)[0]
     torch.testing.assert_close(run(), before, rtol=1e-3, atol=1e-3 * float(before.std()))
     norms = [fold.source for fold in run.folds if not fold.linear]
     assert all(weights[f"{path}.weight"].dtype is torch.bfloat16 for path in norms)
