@@ -1,25 +1,26 @@
-"""How long a run will take, before it starts: from its arithmetic and the speed of one small trial on this machine.
+"""How long a run will take, before it starts: from small trials on this machine (trials.py) and counts of its work.
 
-Rough, within a factor of two or so: what a block really takes is for `--probe` to find out (probe.py), which scales its
-figures by the same counts of work.
+What a block really takes is for `--probe` to find out (probe.py), which scales its figures by arithmetic.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from qtool import found
+from qtool import found, heap, trials
 from qtool.budget import MEASURED
 from qtool.layer import Layer
 from qtool.methods import rtn
 from qtool.outside import rounded
 from qtool.plan import Plan
-from qtool.stages import LinearPlan, Stage
+from qtool.stages import LinearPlan, Stage, same_scheme, shared_inputs
 
-TRIAL_ELEMENTS = 1 << 20  # elements of the matrix that a data-free recipe is tried on
+TRIAL_ELEMENTS = 1 << 19  # elements of the matrix that a data-free recipe is tried on
 DISK_RATE = 5e8  # bytes read and written again in a second, of a usual NVMe disk
 HASHERS = 2  # files of the source that are hashed at a time
 SHARD_BYTES = 5_000_000_000  # of a usual source; a smaller one is one file
@@ -30,14 +31,66 @@ def seconds(plan: Plan) -> float | None:
     """Of the whole run; None on a device that is not here."""
     if plan.device.type == "cuda" and not torch.cuda.is_available():
         return None
+    heap.reuse()  # as a run does
     took = searching(plan) if plan.problem else 0.0
-    if plan.calibrated:
+    if plan.calibrated and plan.device.type == "cpu":
+        took += calibrated(plan)
+    elif plan.calibrated:
         took += sum(work(plan, stage) for stage in plan.stages) / _rate(plan.device, plan.compute_dtype)
     if not plan.solves_on_text:
         took += sum(_rounding(one) for one in (plan, *plan.others))
     outside = sum(outside_seconds(one, linear, _random(linear)) for one in (plan, *plan.others)
                   for linear in one.outside)
     return took + outside + hashing(plan, hash_rate()) + moving(plan, DISK_RATE)
+
+
+def calibrated(plan: Plan) -> float:
+    """Seconds of the blocks of a run on text, from small trials of their passes and of the recipe's steps."""
+    known: dict[Any, float] = {}
+    rate = _rate(plan.device, plan.compute_dtype)
+    total = 0.0
+    for stage in plan.stages:
+        if stage.block is not None and stage.linears:
+            total += _passes(plan, stage, known, rate) + sum(_solving(one, one.stage_like(stage), known)
+                                                             for one in (plan, *plan.others) if plan.solves_on_text)
+    saved = plan.temporary["resume"] / 2 * max(plan.blocks - 1, 0)
+    return total + saved / DISK_RATE
+
+
+def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> float:
+    """Text through one block: once, for H, and for what the steps look at before. known: what was tried."""
+    shapes, length = tuple(_shapes(stage)), plan.recipe.calibration.sequence_length
+    if shapes not in known:
+        tried = trials.token_pass(plan, stage)
+        known[shapes] = 2.0 * sum(rows * columns for rows, columns in shapes) / rate if tried is None else tried
+    one, groups = known[shapes], shared_inputs(stage)
+    looked = sum(min(options.samples, plan.samples) for step, options in plan.steps
+                 if getattr(step, "SCALES_INPUTS", False) or getattr(step, "LISTS_OUTLIERS", False))
+    samples = plan.samples * (1 + plan.float_share) + looked + (plan.samples if plan.recipe.measures_ranges else 0)
+    took = samples * length * one
+    if plan.solves_on_text:
+        grams = sum(_once(known, ("gram", group[0].shape[1]), lambda: trials.gram(group[0].shape[1]))  # noqa: B023
+                    for group in groups)
+        took += plan.samples * (1 + 2 * plan.float_share) * length * grams
+    if plan.scaling_steps:
+        took += sum(_once(known, ("scaling", *((linear.shape, linear.scheme.label) for linear in group)),
+                          lambda: trials.scaling(plan, group, one)) for group in groups)  # noqa: B023 - called here
+    return took
+
+
+def _solving(plan: Plan, stage: Stage, known: dict[Any, Any]) -> float:
+    took = 0.0
+    for group in (some for shared in shared_inputs(stage) for some in same_scheme(shared)):
+        make = plan.name, group[0].shape[1], group[0].scheme.model_dump_json()
+        tried = _once(known, make, lambda: trials.solving(plan, group[0]))  # noqa: B023 - called here
+        took += tried.of(sum(linear.shape[0] for linear in group))
+    return took
+
+
+def _once(known: dict[Any, Any], key: Any, find: Callable[[], Any]) -> Any:
+    if key not in known:
+        known[key] = find()
+    return known[key]
 
 
 def work(plan: Plan, stage: Stage) -> float:
@@ -85,8 +138,9 @@ def hashing(plan: Plan, rate: float) -> float:
 
 
 def moving(plan: Plan, rate: float) -> float:
-    """Seconds to copy what lies outside of the blocks, at `rate` bytes a second."""
-    return sum(spec.nbytes for stage in plan.stages if stage.block is None for spec in stage.outputs) / rate
+    """Seconds to copy what lies outside of the blocks and to write the statistics that are kept, at `rate` bytes/s."""
+    outside = sum(spec.nbytes for stage in plan.stages if stage.block is None for spec in stage.outputs)
+    return (outside + plan.statistics_bytes) / rate
 
 
 def hash_rate() -> float:
@@ -108,18 +162,19 @@ def _rounding(plan: Plan) -> float:
     linear = plan.linears[0]
     weight = _random(linear)
     shape = (len(weight), weight.shape[1])
-    layer = Layer(linear.name, weight, weight, linear.scheme, plan.format.scale_dtype(plan.model_dtype))
-    start = time.perf_counter()
-    for step, options in plan.steps:
-        if not step.CALIBRATED:
-            layer = step.run(layer, options)
-    if layer.quantized is None:
-        return 0.0
-    packed = plan.format.pack(linear.stored, layer.quantized, plan.model_dtype)
-    again = plan.format.unpack(linear.stored, packed.__getitem__, linear.scheme, shape)
-    for quantized in (layer.quantized, again):
-        found.load("grids", linear.scheme.grid).decode(quantized)
-    return (time.perf_counter() - start) * elements / weight.numel()
+
+    def round_all() -> None:
+        layer = Layer(linear.name, weight, weight, linear.scheme, plan.format.scale_dtype(plan.model_dtype))
+        for step, options in plan.steps:
+            if not step.CALIBRATED:
+                layer = step.run(layer, options)
+        if layer.quantized is not None:
+            packed = plan.format.pack(linear.stored, layer.quantized, plan.model_dtype)
+            again = plan.format.unpack(linear.stored, packed.__getitem__, linear.scheme, shape)
+            for quantized in (layer.quantized, again):
+                found.load("grids", linear.scheme.grid).decode(quantized)
+
+    return trials.timed(round_all) * elements / weight.numel()
 
 
 def outside_seconds(plan: Plan, linear: LinearPlan, weight: torch.Tensor) -> float:
