@@ -86,6 +86,11 @@ def test_one_broad_except() -> None:
     assert len(handlers) == 1
 
 
+def test_the_second_decoders_share_nothing_with_the_first() -> None:
+    files = [path for path in FILES if part_of(path) == "independent"]
+    assert len(files) > 8 and set().union(*(imports(parsed(path)) for path in files)) == {"independent", "errors"}
+
+
 def test_typer_and_transformers_stay_in_their_place() -> None:
     for path in FILES:
         modules = {alias.name.split(".")[0] for node in ast.walk(parsed(path)) if isinstance(node, ast.Import)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import decode, digests, independent, manifest
+from qtool.inspect import loader_gguf
 from tests import tiny
 from tests.cli.conftest import Run, make
 
@@ -215,3 +216,77 @@ def test_a_gguf_of_turned_rows_and_experts_is_read_twice(run: Run, tmp_path: Pat
         make("export", source, "--to", "gguf", "--type", "q8_0", "--out", tmp_path / f"{family}.gguf", "--quiet")
         result = json.loads(run("inspect", tmp_path / f"{family}.gguf", "--verify", "--json")[1])
         assert result["problems"] == [] and result["decoded_once"] == {}
+
+
+Metadata = dict[str, object]
+
+
+def spoiled_gguf(alone: Path, out: Path, change: Callable[[Metadata], None]) -> Path:
+    """The same file with other metadata, without a seal, as another program might write it."""
+    import gguf
+
+    reader = gguf.GGUFReader(alone)
+    values: Metadata = {key: field for key, field in reader.fields.items() if not key.startswith(("GGUF.", "qtool."))}
+    change(values)
+    writer = gguf.GGUFWriter(out, "llama")
+    for key, field in values.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(field, gguf.ReaderField):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+        else:
+            writer.add_uint32(key, int(str(field)))
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("llama.embedding_length", 32, "token_embd.weight is [512, 64], but by llama.embedding_length it has 32"),
+    ("llama.feed_forward_length", 64, "ffn_down.weight is [64, 128], but by llama.feed_forward_length it has 64"),
+    ("llama.block_count", 4, "llama.block_count is 4, but the file has tensors of 3 blocks"),
+    ("tokenizer.ggml.eos_token_id", 5000, "tokenizer.ggml.eos_token_id is 5000"),
+])
+def test_what_llama_cpp_refuses(key: str, value: int, words: str, alone: Path, tmp_path: Path) -> None:
+    bad = spoiled_gguf(alone, tmp_path / "bad.gguf", lambda values: values.update({key: value}))
+    found = loader_gguf.faults(bad)
+    assert any(words in one for one in found), found
+    assert loader_gguf.faults(spoiled_gguf(alone, tmp_path / "good.gguf", lambda values: None)) == []
+
+
+@pytest.mark.parametrize(("path", "value", "words"), [
+    ("vocab_size", 500, "vocab_size is 500, but the graph gives logits of 512"),
+    ("context_length", "256", "context_length must be positive whole numbers"),
+    ("decoder/filename", "other.onnx", "decoder.filename is 'other.onnx'"),
+    ("decoder/head_size", 8, "2 heads of 8 for keys, but the graph has 2 of 16"),
+    ("decoder/num_hidden_layers", 4, "the graph has no past_key_values.3.key"),
+    ("decoder/inputs/input_ids", "ids", "decoder.inputs.input_ids is 'ids', but the graph has no ids"),
+    ("decoder/num_hidden_layers", 2, "has no name for past_key_values.2.key"),
+])
+def test_what_onnxruntime_genai_refuses(path: str, value: object, words: str, run: Run, gptq: Path,
+                                        tmp_path: Path) -> None:
+    make("export", gptq, "--to", "onnx", "--out", tmp_path / "out", "--quiet")
+    (tmp_path / "out" / manifest.NAME).unlink()
+    config = json.loads((tmp_path / "out/genai_config.json").read_text())
+    *parents, last = path.split("/")
+    place = config["model"]
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    (tmp_path / "out/genai_config.json").write_text(json.dumps(config))
+    status, out, _ = run("inspect", tmp_path / "out", "--verify", "--json")
+    assert status == 3 and any(words in one for one in json.loads(out)["problems"]), out
+
+
+def test_a_tensor_that_was_to_stay_as_it_is(run: Run, model: Path, gptq: Path, tmp_path: Path) -> None:
+    shutil.copytree(gptq, tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    result = json.loads(run("inspect", tmp_path / "out", "--verify", "--against", model, "--tokens", "0", "--json")[1])
+    assert any(one.startswith("model.norm.weight: is not quantized, but differs") for one in result["problems"])
