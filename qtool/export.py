@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, digests, footprint, formats, found, gguf_codes, inspect, manifest, storage, transfer
+from qtool import card, digests, footprint, formats, found, gguf_codes, heap, inspect, manifest, storage, transfer
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
-from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec
+from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec, same_bits
 from qtool.workspace import Workspace, refuse_existing
 
 DENSE = "hf"
@@ -80,6 +80,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
     identity = {"export": job.target.NAME, "qtool": qtool.__version__,
                 "source": {"name": job.source.name, "files": job.source.hashes()}}
     refuse_full_disk(job.out, sum(spec.nbytes for spec in job.outputs), job.source)
+    heap.reuse()
     with Workspace(job.out, identity) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None))
         names = list(job.source.specs)
@@ -163,7 +164,9 @@ def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
 
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
     """Whether codes, zero points and scales are equal, and so every value that they stand for."""
-    pairs = [(one.codes, other.codes), (one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
+    if not (one.codes.shape == other.codes.shape and same_bits(one.codes, other.codes)):
+        return False
+    pairs = [(one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
              (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1), other.extra.get(INPUT_SCALE, NONE).float())]
     return all(torch.equal(left, right) for left, right in pairs)
 
@@ -172,7 +175,7 @@ def _copy(job: Export, writer: ShardWriter, name: str) -> None:
     """A tensor as the dense view has it: decoded if it is quantized, else as stored."""
     tensor = job.source.read(name)
     writer.write(name, tensor)
-    if not torch.equal(writer.read_back(name).view(torch.uint8), tensor.contiguous().view(torch.uint8)):
+    if not same_bits(writer.read_back(name), tensor):
         raise VerificationError(f"{name}: what was read back from {writer.folder} differs from what was written; the "
                                 "disk or the memory of this machine may be faulty")
 

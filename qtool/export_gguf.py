@@ -23,7 +23,7 @@ from qtool.formats import gguf as blocks
 from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
-from qtool.tensors import QuantizedTensor, TensorSpec
+from qtool.tensors import QuantizedTensor, TensorSpec, same_bits
 from qtool.workspace import Workspace
 
 NAME = "gguf"
@@ -216,7 +216,7 @@ def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:
     if not writer.finished:
         writer.write(output.name, stored)
     meant = writer.held(output.name, stored)
-    if not torch.equal(writer.read_back(output.name).view(torch.uint8), meant.view(torch.uint8)):
+    if not same_bits(writer.read_back(output.name), meant):
         raise VerificationError(f"{output.name}: what was read back from {writer.folder} differs from what was "
                                 "written; the disk or the memory of this machine may be faulty")
     kind, linear = job.storage.types.get(output.name), output.name.removesuffix(".weight")

@@ -23,6 +23,7 @@ from qtool.onnx_graph import genai, weights
 from qtool.onnx_graph.builder import DATA_FILE, Graph, library
 from qtool.onnx_graph.decoder import draw
 from qtool.onnx_graph.weights import Part
+from qtool.tensors import same_bits
 from qtool.workspace import Workspace, refuse_existing
 
 NAME = "onnx"
@@ -96,8 +97,7 @@ def _write(part: Part, writer: ShardWriter) -> None:
     for spec, tensor in zip(part.specs, tensors, strict=True):
         writer.write(spec.name, tensor)
     again = [writer.read_back(spec.name) for spec in part.specs]
-    equal = all(torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-                for one, other in zip(again, tensors, strict=True))
+    equal = all(same_bits(one, other) for one, other in zip(again, tensors, strict=True))
     del tensors
     if not equal or not part.check(again):
         raise VerificationError(f"{part.specs[0].name}: what was read back from {writer.folder} differs from the "

@@ -30,25 +30,98 @@ inline uint8_t get(const uint32_t* words, int64_t stride, int64_t at, int64_t bi
   return (uint8_t)(code & ((1u << bits) - 1));
 }
 
+// `width` low bits of each lane of `lane` bits.
+constexpr uint64_t low_bits(int width, int lane) {
+  uint64_t mask = 0;
+  for (int at = 0; at < 64; at += lane) mask |= ((1ull << width) - 1) << at;
+  return mask;
+}
+
+// Eight codes that stand side by side, each in a byte of its own: halves are moved apart, then their halves, and theirs.
+template <int bits>
+inline uint64_t spread(uint64_t octet) {
+  constexpr uint64_t four = low_bits(4 * bits, 64), two = low_bits(2 * bits, 32), one = low_bits(bits, 16);
+  octet = (octet & four) | (octet >> (4 * bits) & four) << 32;
+  octet = (octet & two) | (octet >> (2 * bits) & two) << 16;
+  return (octet & one) | (octet >> bits & one) << 8;
+}
+
+// A row is a stream of bytes, too: eight codes fill `bits` of them.
+template <int bits>
+void pack_row(const uint8_t* codes, int64_t count, uint8_t* out) {
+  for (; count >= 8; count -= 8, codes += 8, out += bits) {
+    uint64_t octet = 0;
+    for (int i = 0; i < 8; ++i) octet |= (uint64_t)codes[i] << (bits * i);
+    std::memcpy(out, &octet, bits);
+  }
+  uint64_t rest = 0;
+  for (int64_t i = 0; i < count; ++i) rest |= (uint64_t)codes[i] << (bits * i);
+  std::memcpy(out, &rest, (count * bits + 7) / 8);
+}
+
+template <int bits>
+void unpack_row(const uint8_t* bytes, int64_t count, uint8_t* codes) {
+  for (; count >= 8; count -= 8, codes += 8, bytes += bits) {
+    uint64_t octet = 0;
+    std::memcpy(&octet, bytes, bits);
+    octet = spread<bits>(octet);
+    std::memcpy(codes, &octet, 8);
+  }
+  uint64_t rest = 0;
+  std::memcpy(&rest, bytes, (count * bits + 7) / 8);
+  rest = spread<bits>(rest);
+  std::memcpy(codes, &rest, count);
+}
+
+constexpr decltype(&pack_row<1>) kPackRow[] = {pack_row<1>, pack_row<2>, pack_row<3>, pack_row<4>,
+                                               pack_row<5>, pack_row<6>, pack_row<7>, pack_row<8>};
+constexpr decltype(&unpack_row<1>) kUnpackRow[] = {unpack_row<1>, unpack_row<2>, unpack_row<3>, unpack_row<4>,
+                                                   unpack_row<5>, unpack_row<6>, unpack_row<7>, unpack_row<8>};
+
+// Words of several rows of codes, for bits that divide 32: a column is a lane.
+template <int bits>
+void pack_words(const uint8_t* codes, int64_t count, int64_t width, uint32_t* words, int64_t begin, int64_t end) {
+  constexpr int64_t per_word = 32 / bits;
+  for (int64_t first = 0; first < count; first += per_word, words += width)
+    for (int64_t i = 0; i < per_word && first + i < count; ++i) {
+      const uint8_t* row = codes + (first + i) * width;
+      for (int64_t column = begin; column < end; ++column)
+        words[column] = (i ? words[column] : 0) | (uint32_t)row[column] << (bits * i);
+    }
+}
+
+template <int bits>
+void unpack_words(const uint32_t* words, int64_t count, int64_t width, uint8_t* codes, int64_t begin, int64_t end) {
+  constexpr int64_t per_word = 32 / bits;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t* row = words + i / per_word * width;
+    const int shift = (int)(i % per_word) * bits;
+    for (int64_t column = begin; column < end; ++column)
+      codes[i * width + column] = (uint8_t)(row[column] >> shift & ((1u << bits) - 1));
+  }
+}
+
 }  // namespace
 
 void pack_rows(const uint8_t* codes, int64_t count, int64_t, int64_t bits, uint32_t* words, int64_t begin, int64_t end) {
   const int64_t width = words_of(count, bits);
   for (int64_t row = begin; row < end; ++row) {
-    uint32_t* out = words + row * width;
-    std::memset(out, 0, width * sizeof(uint32_t));
-    for (int64_t i = 0; i < count; ++i) put(out, 1, i * bits, bits, codes[row * count + i]);
+    if (width > 0) words[(row + 1) * width - 1] = 0;  // what no code fills
+    kPackRow[bits - 1](codes + row * count, count, reinterpret_cast<uint8_t*>(words + row * width));
   }
 }
 
 void unpack_rows(const uint32_t* words, int64_t count, int64_t, int64_t bits, uint8_t* codes, int64_t begin, int64_t end) {
   const int64_t width = words_of(count, bits);
   for (int64_t row = begin; row < end; ++row)
-    for (int64_t i = 0; i < count; ++i) codes[row * count + i] = get(words + row * width, 1, i * bits, bits);
+    kUnpackRow[bits - 1](reinterpret_cast<const uint8_t*>(words + row * width), count, codes + row * count);
 }
 
 void pack_columns(const uint8_t* codes, int64_t count, int64_t width, int64_t bits, uint32_t* words, int64_t begin,
                   int64_t end) {
+  if (bits == 2) return pack_words<2>(codes, count, width, words, begin, end);
+  if (bits == 4) return pack_words<4>(codes, count, width, words, begin, end);
+  if (bits == 8) return pack_words<8>(codes, count, width, words, begin, end);
   for (int64_t word = 0; word < words_of(count, bits); ++word)
     for (int64_t column = begin; column < end; ++column) words[word * width + column] = 0;
   for (int64_t i = 0; i < count; ++i)
@@ -58,6 +131,9 @@ void pack_columns(const uint8_t* codes, int64_t count, int64_t width, int64_t bi
 
 void unpack_columns(const uint32_t* words, int64_t count, int64_t width, int64_t bits, uint8_t* codes, int64_t begin,
                     int64_t end) {
+  if (bits == 2) return unpack_words<2>(words, count, width, codes, begin, end);
+  if (bits == 4) return unpack_words<4>(words, count, width, codes, begin, end);
+  if (bits == 8) return unpack_words<8>(words, count, width, codes, begin, end);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t column = begin; column < end; ++column)
       codes[i * width + column] = get(words + column, width, i * bits, bits);

@@ -41,6 +41,8 @@ __all__ = [
 NAME = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")
 BITS, PER_WORD = 4, 8
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the columns in a word, from the lowest nibble on
+NATURAL = tuple(map(ORDER.index, range(PER_WORD)))
 ALL_EIGHT = 0x88888888 - (1 << 32)  # as int32
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 LOADERS = (
@@ -152,28 +154,18 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [N, any] -> int32 [any, N / 8]."""
-    words = ops.pack_bits(codes, BITS, transposed=True)  # [N / 8, any], nibbles in natural order
-    return (_even_nibbles(words) | _even_nibbles(words >> 4) << 16).T.contiguous()
+    return ops.pack_bits(_reordered(codes, ORDER), BITS, transposed=True).T.contiguous()
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """int32 [any, N / 8] -> uint8 [N, any]."""
-    words = words.T.contiguous()
-    natural = _spread_nibbles(words & 0xFFFF) | _spread_nibbles(words >> 16 & 0xFFFF) << 4
-    return ops.unpack_bits(natural, BITS, len(words) * PER_WORD, transposed=True)
+    return _reordered(ops.unpack_bits(words.T, BITS, words.shape[1] * PER_WORD, transposed=True), NATURAL)
 
 
-def _even_nibbles(words: torch.Tensor) -> torch.Tensor:
-    """Nibbles 0, 2, 4, 6 of each int32 in its lower half."""
-    words = words & 0x0F0F0F0F
-    words = (words | words >> 4) & 0x00FF00FF
-    return (words | words >> 8) & 0xFFFF
-
-
-def _spread_nibbles(half: torch.Tensor) -> torch.Tensor:
-    """The inverse: four nibbles at the places 0, 2, 4, 6."""
-    half = (half | half << 8) & 0x00FF00FF
-    return (half | half << 4) & 0x0F0F0F0F
+def _reordered(codes: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """The rows of each eight in that order."""
+    eights = codes.reshape(-1, PER_WORD, codes.shape[1])
+    return torch.stack([eights[:, row] for row in order], 1).reshape(codes.shape)
 
 
 def _gemv(linear_name: str, read: Read, shape: tuple[int, int], groups: int) -> Stored:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from qtool import footprint
 from qtool.decode import Source
 from qtool.inspect.files import SCHEMA, Step, bits_per_weight, linear_bytes, no_steps, record_of, stored_name
 from qtool.inspect.layers import layers
+from qtool.tensors import same_bits
 
 ERRORS = {"relative_error": "outputs", "weight_error": "weights"}
 
@@ -49,15 +48,11 @@ def _tensors(first: Source, second: Source, step: Step) -> dict[str, Any]:
     different = []
     for done, name in enumerate(shared):
         step(done, len(shared), name)
-        if left[name] != right[name] or not _same_bytes(first.checkpoint.read(name), second.checkpoint.read(name)):
+        if left[name] != right[name] or not same_bits(first.checkpoint.read(name), second.checkpoint.read(name)):
             different.append(name)
     return {"equal": len(shared) - len(different), "different": different,
             "only_a": [name for name in left if name not in right],
             "only_b": [name for name in right if name not in left]}
-
-
-def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
 def _linears(first: Source, second: Source, records: tuple[dict[str, Any] | None, dict[str, Any] | None],
