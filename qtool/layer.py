@@ -17,7 +17,8 @@ class Layer:
     """Linears that share their input (q/k/v, gate/up), stacked along the output rows.
 
     weight: the original, float32 [N, K].  target: what the quantized weight should come close to; equals weight
-    unless a step moved it.  quantized: the answer so far.  notes: what the manifest should tell.
+    unless a step moved it.  quantized: the answer so far.  notes: what the manifest should tell.  repaired: what had to
+    be done for an answer, by the kinds of repairs.py.
     """
 
     name: str
@@ -28,10 +29,13 @@ class Layer:
     stats: CalibrationStats | None = None
     quantized: QuantizedTensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    repaired: dict[str, str] = field(default_factory=dict)
 
     def having(self, **changes: Any) -> Layer:
-        notes = {**self.notes, **changes.pop("notes", {})}
-        return replace(self, notes=notes, **changes)
+        """With other fields; notes and repairs are added to those there are."""
+        for key in ("notes", "repaired"):
+            changes[key] = {**getattr(self, key), **changes.get(key, {})}
+        return replace(self, **changes)
 
 
 def damped(hessian: torch.Tensor, damping: float, mode: str) -> torch.Tensor:
@@ -40,22 +44,25 @@ def damped(hessian: torch.Tensor, damping: float, mode: str) -> torch.Tensor:
 
 
 def damp(hessian: torch.Tensor, damping: float, mode: str) -> torch.Tensor:
-    """Add λ to the diagonal of H [K, K] in place, dead inputs (H_jj = 0) given a unit diagonal first.
+    """Add λ to the diagonal of H [K, K] in place, dead inputs (H_jj = 0) given the mean of the others first.
 
     mode "mean": λ = damping * mean(diag H), as in the GPTQ paper; "relative": λ_j = damping * H_jj.
     """
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    diagonal += damping * (diagonal.mean() if mode == "mean" else diagonal.clone())
+    live = diagonal > 0
+    mean = diagonal[live].double().mean().float() if bool(live.any()) else torch.ones_like(diagonal[0])
+    diagonal.copy_(torch.where(live, diagonal, mean))
+    diagonal += damping * (mean if mode == "mean" else diagonal.clone())
     return hessian
 
 
 def factor(name: str, hessian: torch.Tensor, damping: float, mode: str,
-           order: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+           order: torch.Tensor | None = None) -> tuple[torch.Tensor, float, dict[str, str]]:
     """Lower triangular L, float32 [K, K], with L Lᵀ = H + λ, its rows and columns taken in `order` (int64 [K]).
 
     A matrix that is not positive definite in float32 is tried in float64, then with ten times the damping, and so
-    on up to damping 1; the notes say what was needed. Raises NumericalError when even that fails.
+    on up to damping 1. Returns L, the damping that was taken and the repair, if it was one.
+    Raises NumericalError when even that fails.
     """
     if not all_finite(hessian):
         raise NumericalError(f"{name}: the Hessian has values that are not finite; check the calibration text")
@@ -67,10 +74,9 @@ def factor(name: str, hessian: torch.Tensor, damping: float, mode: str,
             lower, failed = torch.linalg.cholesky_ex(damp(matrix, strength, mode).to(dtype))
             del matrix
             if not int(failed):
-                notes: dict[str, Any] = {"damping": strength}
-                if dtype is torch.float64 or strength != damping:
-                    precision = str(dtype).removeprefix("torch.")
-                    notes["repaired"] = f"Hessian factored in {precision} at damping {strength:g}"
-                return lower.float(), notes
+                usual = dtype is torch.float32 and strength == damping
+                said = f"factored in {str(dtype).removeprefix('torch.')} at damping {strength:g}, not {damping:g}"
+                return lower.float(), strength, {} if usual else {"hessian": said}
         strength = max(strength * 10, 1e-6)
-    raise NumericalError(f"{name}: the Hessian is not positive definite even at damping 1; use more calibration tokens")
+    raise NumericalError(f"{name}: the Hessian is not positive definite even at damping 1; use more calibration "
+                         f"tokens, or leave this linear out with a rule (match: '{name}', skip: true)")

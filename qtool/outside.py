@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qtool import digests, found, quality
+from qtool import digests, found, quality, records, repairs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.container import Writer
 from qtool.errors import NumericalError, VerificationError
@@ -48,6 +48,7 @@ def rounded(format_: ModuleType, linear: str, shape: tuple[int, int], scheme: Sc
             bad = int((~torch.isfinite(weight)).sum())
             raise NumericalError(f"{name}: {bad} values in rows {start} to {stop} are NaN or infinite; the checkpoint "
                                  "is damaged")
+        repairs.refuse_too_large(linear, weight, scheme, format_.scale_dtype(dtype))
         fitted = grid.fit(weight, scheme, format_.scale_dtype(dtype), importance, options.shrink_steps,
                           options.signed, options.rounds)
         quantized = grid.encode(weight, fitted)
@@ -59,7 +60,8 @@ def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearP
     grid, name = found.load("grids", linear.scheme.grid), f"{linear.stored}.weight"
     spec, = plan.format.layout(linear.stored, linear.shape, linear.scheme, plan.model_dtype)
     packed = torch.empty(spec.shape, dtype=spec.dtype)
-    lost, energy, values = 0.0, 0.0, digests.Values()
+    off, energy, values = 0.0, 0.0, digests.Values()
+    lost = groups = 0
     for chunk in rounded(plan.format, linear.stored, linear.shape, linear.scheme, plan.model_dtype,
                          lambda start, stop: checkpoint.read_rows(name, start, stop), rtn.Options()):
         dense, shape = grid.decode(chunk.quantized), (chunk.stop - chunk.start, linear.shape[1])
@@ -70,18 +72,13 @@ def quantize(checkpoint: Checkpoint, plan: Plan, writer: Writer, linear: LinearP
                                     f"is a bug in format {plan.format.NAME}")
         packed[chunk.start:chunk.stop] = chunk.packed
         values.add(again)
-        lost += float((chunk.weight - dense).double().square().sum())
-        energy += float(chunk.weight.double().square().sum())
+        off += quality.square_sum(chunk.weight - dense)
+        energy += quality.square_sum(chunk.weight)
+        zeroed, seen = repairs.lost_groups(chunk.weight, chunk.quantized.group_size, dense)
+        lost, groups = lost + zeroed, groups + seen
     writer.write(name, packed)
     if not torch.equal(writer.read_back(name), packed):
         raise VerificationError(f"{linear.stored}: what was read back differs from what was written; the disk or the "
                                 "memory of this machine may be faulty")
-    return {**_record(plan, linear, lost / energy if energy else 0.0), "values_sha256": values.sha256}
-
-
-def _record(plan: Plan, linear: LinearPlan, error: float) -> dict[str, Any]:
-    ratio = quality.sqnr_db(error)
-    return {"name": linear.name, "stored": linear.stored, "block": None, "shape": list(linear.shape),
-            "scheme": linear.scheme.model_dump(), "bytes": plan.linear_bytes(linear), "relative_error": None,
-            "weight_error": float(f"{error:.6g}"), "sqnr_db": None if ratio is None else float(f"{ratio:.6g}"),
-            "tokens": 0, "held_out_tokens": 0, "pooled": False, "solved_together": 1}
+    record = records.of_matrix(plan, linear, off / energy if energy else 0.0, lost, groups)
+    return {**record, "values_sha256": values.sha256}

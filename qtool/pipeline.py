@@ -39,8 +39,9 @@ from qtool import (
     outside,
     preflight,
     prepare,
-    quality,
     reading,
+    records,
+    repairs,
     rotate,
     sensitivity,
 )
@@ -143,7 +144,8 @@ def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | No
         if stream is not None and stage.block is not None:
             stream.forget(stage.block)
         if stage.block is not None:
-            progress.block(stage.block, stage.name, time.monotonic() - began, worst(layers), estimate.resident())
+            progress.block(stage.block, stage.name, time.monotonic() - began, records.worst(layers),
+                           estimate.resident())
 
 
 def do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
@@ -247,54 +249,31 @@ def solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats:
           block: torch.nn.Module | None = None,
           input_scales: Mapping[str, torch.Tensor] = EMPTY) -> list[dict[str, Any]]:
     """Run the recipe's steps on linears that share an input; write each; put the result into the block."""
-    plan = job.plan
+    plan, dtype = job.plan, job.plan.format.scale_dtype(job.plan.model_dtype)
+    for linear, weight in zip(group, weights, strict=True):
+        repairs.refuse_too_large(linear.name, weight, linear.scheme, dtype)
     stacked = weights[0].float() if len(weights) == 1 else torch.cat([weight.float() for weight in weights])
-    layer = Layer(group[0].name, stacked, stacked, group[0].scheme, plan.format.scale_dtype(plan.model_dtype), stats)
+    layer = Layer(group[0].name, stacked, stacked, group[0].scheme, dtype, stats)
     for step, options in plan.steps:
         layer = step.run(layer, options)
     if layer.quantized is None:
         raise PlanError(f"no step of {plan.recipe.method} chooses codes; end the recipe's steps with rtn or gptq "
                         "(rotate alone goes with --format hf: dense weights)")
-    records, start = [], 0
+    made, start = [], 0
     for linear in group:
         stop = start + linear.shape[0]
         quantized = layer.quantized.rows(start, stop)
         if linear.name in input_scales:
             quantized = replace(quantized, extra={**quantized.extra, INPUT_SCALE: input_scales[linear.name]})
         dense = found.load("grids", linear.scheme.grid).decode(quantized)
-        record = _measure(plan, linear, layer, slice(start, stop), dense, len(group))
+        record = records.of_linear(plan, linear, layer, slice(start, stop), quantized, dense, len(group))
         record["values_sha256"] = _write_linear(job, linear, quantized, dense)
         if block is not None:
             _linear_of(block, plan, linear).weight.copy_(dense.to(plan.model_dtype))
         job.progress.linear(linear.name, record["relative_error"])
-        records.append(record)
+        made.append(record)
         start = stop
-    return records
-
-
-def _measure(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, dense: torch.Tensor,
-             solved_together: int) -> dict[str, Any]:
-    """The manifest's line on one linear; output error against the target, on held-out tokens where there are any."""
-    weight, target, stats = layer.weight[rows], layer.target[rows], layer.stats
-    in_weights = quality.weight_error(weight, weight - dense)
-    in_outputs = None
-    if stats is not None:
-        energy = stats.held_out.energy if stats.held_out.tokens else quality.energy_under(stats.hessian)
-        in_outputs = quality.output_error(target, target - dense, energy)
-    if not (in_weights >= 0 and (in_outputs is None or in_outputs >= 0)):
-        raise NumericalError(f"{linear.name}: the quantized weight is not finite; use more damping or more "
-                             "calibration tokens")
-    error = in_weights if in_outputs is None else in_outputs
-    ratio = quality.sqnr_db(error)
-    return {
-        "name": linear.name, "stored": linear.stored, "block": linear.block, "shape": list(linear.shape),
-        "scheme": linear.scheme.model_dump(),
-        "bytes": plan.linear_bytes(linear),
-        "relative_error": _rounded(in_outputs), "weight_error": _rounded(in_weights), "sqnr_db": _rounded(ratio),
-        "tokens": stats.tokens if stats else 0, "held_out_tokens": stats.held_out.tokens if stats else 0,
-        "pooled": bool(stats and stats.pooled), "solved_together": solved_together, **layer.notes,
-        **({"rescaled": True} if plan.rotated and f"{linear.stored}.weight" in plan.rotated.changes else {}),
-    }
+    return made
 
 
 def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dense: torch.Tensor) -> str:
@@ -316,7 +295,10 @@ def _copy(job: Job, name: str, weights: dict[str, torch.Tensor]) -> None:
     tensor = weights[name] if name in weights else job.checkpoint.read(name)
     _refuse_non_finite(name, tensor)
     if job.plan.recipe.dtype != "auto" and tensor.dtype in FLOATING:
-        tensor = tensor.to(job.plan.model_dtype)
+        original, tensor = tensor, tensor.to(job.plan.model_dtype)
+        if not all_finite(tensor):
+            raise NumericalError(f"{name}: has values up to {float(original.abs().max()):.4g}, more than "
+                                 f"{job.plan.recipe.dtype} holds; use --set dtype=bfloat16 or dtype=float32")
     job.writer.write(name, tensor)
 
 
@@ -385,13 +367,3 @@ def _linear_of(block: torch.nn.Module, plan: Plan, linear: LinearPlan) -> torch.
     module = block.get_submodule(linear.name.removeprefix(plan.skeleton.blocks[linear.block] + "."))
     assert isinstance(module, torch.nn.Linear)
     return module
-
-
-def worst(layers: Sequence[Mapping[str, Any]]) -> tuple[str, float] | None:
-    """The linear with the largest error of its outputs, and that."""
-    errors = [(layer["name"], layer["relative_error"]) for layer in layers if layer["relative_error"] is not None]
-    return max(errors, key=lambda pair: pair[1], default=None)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")

@@ -22,7 +22,20 @@ from typing import Any
 
 import torch
 
-from qtool import arithmetic, card, devices, digests, estimate, heap, keeping, manifest, pipeline, rotate, storage
+from qtool import (
+    arithmetic,
+    card,
+    devices,
+    digests,
+    estimate,
+    heap,
+    keeping,
+    manifest,
+    pipeline,
+    records,
+    rotate,
+    storage,
+)
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
@@ -102,17 +115,17 @@ def _solve_kept(kept: Kept, job: pipeline.Job, work: Workspace) -> None:
     for stage in plan.stages:
         if stage.name in work.finished:
             continue
-        began, records, scalings = time.monotonic(), [], kept.scalings(stage)
+        began, solved, scalings = time.monotonic(), [], kept.scalings(stage)
         for names, stats in kept.groups(stage, plan.device):
             for _, group, figures in pipeline.together([job], stage, names, stats):
                 weights = [_scaled(job.checkpoint.read(f"{one.stored}.weight").to(plan.device),
                                    scalings.get(one.name, ())) for one in group]
-                records += pipeline.solve(job, group, weights, figures)
+                solved += pipeline.solve(job, group, weights, figures)
         heap.give_back()
         job.writer.sync()
-        layers = pipeline.in_order(stage, records, kept.notes(stage))
+        layers = pipeline.in_order(stage, solved, kept.notes(stage))
         work.record(stage.name, {"layers": layers})
-        progress.block(stage.block or 0, stage.name, time.monotonic() - began, pipeline.worst(layers),
+        progress.block(stage.block or 0, stage.name, time.monotonic() - began, records.worst(layers),
                        estimate.resident())
 
 

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtool import repairs
 from qtool.units import millions, percent, size, span
 
 OUTLIERS_SHOWN = 5  # of each linear; JSON has all that the manifest lists
@@ -56,11 +57,9 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float, redone: int
     if errors:
         (worst, name), middle = errors[-1], errors[len(errors) // 2][0]
         rows.append(("error", f"median {percent(middle)} of the {kind}, worst {percent(worst)} in {name}"))
-    for key, text in (("repaired", "whose Hessian was repaired"), ("pooled", "with too few tokens of their own")):
-        names = [layer["name"] for layer in manifest["layers"] if layer.get(key)]
-        if names:
-            rows.append(("note", Text(f"{len(names)} linears {text}: {', '.join(names[:3])}"
-                                      f"{' ...' if len(names) > 3 else ''}", style="yellow")))
+    for heading, names in repairs.listed(manifest["layers"]):
+        rows.append(("note", Text(f"{len(names)} linear{'s' * (len(names) > 1)} {heading}: {', '.join(names[:3])}"
+                                  f"{' ...' if len(names) > 3 else ''}", style="yellow")))
     rows.append(("time", span(seconds)))
     count = len(manifest["layers"])
     done = f"Quantized {count} linears" if count else "Rotated, not quantized"

@@ -13,6 +13,7 @@ from qtool import found
 from qtool.layer import Layer
 from qtool.models import folds
 from qtool.plan import Plan
+from qtool.quality import finite_or_worst
 from qtool.stages import LinearPlan, Stage
 from qtool.stream import Stream
 
@@ -51,7 +52,7 @@ class Trial:
         if self.expected is None:
             self.expected = self.run()
         with folds.replaced(self.block, weights):
-            return float((self.run() - self.expected).float().square().sum(dtype=torch.float64))
+            return finite_or_worst(float((self.run() - self.expected).double().square().sum()))
 
 
 def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: folds.Survey, step: Any, options: Any,

@@ -129,11 +129,15 @@ class Stream:
         return self._outputs(block, stage.block or 0, some)
 
     def folds(self, block: torch.nn.Module, stage: Stage, groups: Iterable[tuple[str, ...]]) -> list[folds.Fold]:
-        """Which of these groups can have their input channels scaled; looked for once for blocks of the same make."""
+        """Which of these groups can have their input channels scaled; looked for once for blocks of the same make, in
+        the first that can tell."""
         wanted = tuple(groups)
         make = wanted, tuple((path, type(module).__name__) for path, module in block.named_modules())
         if make not in self._folds:
-            self._folds[make] = folds.find_folds(block, wanted, lambda: self._glance(block, stage.block or 0))
+            found, sure = folds.find_folds(block, wanted, lambda: self._glance(block, stage.block or 0))
+            if not sure:
+                return found
+            self._folds[make] = found
         return self._folds[make]
 
     def begin(self, block: torch.nn.Module, stage: Stage, static: Mapping[str, torch.Tensor],

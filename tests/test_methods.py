@@ -126,19 +126,19 @@ def test_factor_is_the_cholesky_in_the_order_asked_for(mode: str) -> None:
     before = hessian.clone()
     order = torch.randperm(len(hessian), generator=torch.Generator().manual_seed(1))
     for index, wanted in ((None, slice(None)), (order, order)):
-        lower, notes = factor("x", hessian, 0.01, mode, index)
+        lower, damping, repaired = factor("x", hessian, 0.01, mode, index)
         assert torch.equal(lower, lower.tril())
         expected = damped(hessian, 0.01, mode)[wanted][:, wanted]
         assert torch.allclose(lower @ lower.T, expected, rtol=1e-3, atol=1e-3)
-        assert notes == {"damping": 0.01}
+        assert (damping, repaired) == (0.01, {})
     assert torch.equal(hessian, before)
 
 
 def test_indefinite_hessian_is_repaired_and_told() -> None:
     indefinite = torch.eye(16)
     indefinite[0, 1] = indefinite[1, 0] = 1.02
-    _, notes = factor("x", indefinite, 0.001, "mean")
-    assert notes["damping"] > 0.001 and "damping" in notes["repaired"]
+    _, damping, repaired = factor("x", indefinite, 0.001, "mean")
+    assert damping > 0.001 and f"at damping {damping:g}, not 0.001" in repaired["hessian"]
     hopeless = torch.eye(16)
     hopeless[0, 1] = hopeless[1, 0] = 50.0
     with pytest.raises(NumericalError, match="layer.7"):

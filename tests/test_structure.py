@@ -16,11 +16,11 @@ NATIVE = sorted([*(ROOT / "qtool" / "csrc").glob("*"), *(ROOT / "kernels_cuda").
 RANKS = {
     "errors": 0, "moments": 1, "tensors": 1, "recipe": 1, "found": 1, "heap": 1, "quality": 1, "units": 1,
     "hadamard": 1, "allocate": 1, "devices": 1, "mixtures": 1, "safe_yaml": 1, "storage": 1, "failures": 2,
-    "activations": 2, "ops": 2, "grids": 3, "layer": 3,
+    "activations": 2, "ops": 2, "grids": 3, "layer": 3, "repairs": 4,
     "methods": 4, "formats": 4, "models": 4, "checkpoint": 4,
     "manifest": 5, "stages": 5, "estimate": 5, "decode": 5, "budget": 5, "rotate": 5, "plan": 5, "plan_gguf": 5,
     "workspace": 6, "outside": 6, "stream": 6, "rescale": 6, "outliers": 6, "card": 6, "report": 6, "sensitivity": 6,
-    "heatmap": 6,
+    "heatmap": 6, "records": 6,
     "container": 6, "onnx_graph": 6, "transfer": 6, "footprint": 6, "report_eval": 6, "runtime": 6,
     "pipeline": 7, "inspect": 7, "html_report": 7, "evaluate": 7, "export": 7, "export_gguf": 7, "export_onnx": 7,
     "export_imatrix": 7, "gguf_codes": 6, "arithmetic": 6,

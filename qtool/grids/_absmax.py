@@ -44,7 +44,7 @@ class AbsmaxGrid(LevelGrid):
         """
         rows, groups = fitted.scale.shape
         scale = fitted.extra.get("first", fitted.scale)
-        inverse = torch.where(scale != 0, 1 / scale, 0.0)
+        inverse = torch.where(scale != 0, (1 / scale).clamp_max(torch.finfo(torch.float32).max), 0.0)
         scaled = (weight.reshape(rows, groups, -1) * inverse[..., None]).clamp_(-1, 1).reshape(weight.shape)
         return replace(super().encode(scaled, replace(fitted, scale=torch.ones_like(fitted.scale))), scale=fitted.scale)
 

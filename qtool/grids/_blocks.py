@@ -16,6 +16,8 @@ from qtool.grids._levels import midpoints
 from qtool.recipe import Scheme
 from qtool.tensors import NO_CODES, QuantizedTensor
 
+HALF_MAX = float(torch.finfo(torch.float16).max)
+
 
 @dataclass(frozen=True)
 class BlockGrid:
@@ -64,6 +66,10 @@ class BlockGrid:
     def width(self, scheme: Scheme, columns: int) -> int:
         """Columns per scale."""
         return self.sub
+
+    def reach(self, scheme: Scheme, scale_dtype: torch.dtype) -> float:
+        """The largest |weight| that the largest scale leaves representable."""
+        return HALF_MAX * max(map(abs, self.scales)) * float(self.levels.abs().max()) / (2 if self.mins else 1)
 
     def fit(self, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype,
             importance: torch.Tensor | None = None, shrink_steps: int = 1, signed: bool = False,

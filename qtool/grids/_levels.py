@@ -50,6 +50,10 @@ class LevelGrid:
         """Columns per group; -1 is one group per row."""
         return columns if scheme.group_size == -1 else int(scheme.group_size)
 
+    def reach(self, scheme: Scheme, scale_dtype: torch.dtype) -> float:
+        """The largest |weight| that the largest scale leaves representable."""
+        return float(torch.finfo(self.scale_dtype or scale_dtype).max) * float(self.levels.abs().max())
+
     def fit(self, weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype,
             importance: torch.Tensor | None = None, shrink_steps: int = 1, signed: bool = False,
             rounds: int = 0) -> QuantizedTensor:

@@ -28,6 +28,11 @@ def check(scheme: Scheme) -> str | None:
     return None if 2 <= scheme.bits <= 8 else f"affine grids have 2 to 8 bits, not {scheme.bits}"
 
 
+def reach(scheme: Scheme, scale_dtype: torch.dtype) -> float:
+    """The largest |weight| that the largest scale leaves representable."""
+    return float(torch.finfo(scale_dtype).max) * 2.0 ** (scheme.bits - 1)
+
+
 def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: torch.Tensor | None = None,
         shrink_steps: int = 1, signed: bool = False, rounds: int = 0) -> QuantizedTensor:
     """Scale and zero point of each group of weight [N, K]; the codes are still to be chosen.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from qtool.grids._levels import LevelGrid, small_float
+from qtool.quality import unit_of
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor
 
@@ -19,7 +20,7 @@ OCTAVE = 1.875  # the largest scale tried: one step of the mantissa below twice 
 GRID = LevelGrid("fp8", 8, *small_float(4, 3, TOP), shrink=OCTAVE, shares=True)
 JOINT, FREE_SCALES = True, True
 width, encode, decode = GRID.width, GRID.encode, GRID.decode
-steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refine_columns
+reach, steps, solve_columns, refine_columns = GRID.reach, GRID.steps, GRID.solve_columns, GRID.refine_columns
 
 
 def check(scheme: Scheme) -> str | None:
@@ -42,19 +43,21 @@ def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importan
         return values.reshape(rows // high, high, columns // group, group)
 
     importance = torch.ones(columns, device=weight.device) if importance is None else importance
+    unit = unit_of(weight)  # so that errors can be squared
+    weight, kind = weight / unit, torch.finfo(scale_dtype)
     span = cells(weight.abs()).amax((1, 3)) / TOP
     least = torch.full_like(span, torch.inf, dtype=torch.float64)
-    best, kind = torch.ones_like(span), torch.finfo(scale_dtype)
+    best = torch.full_like(span, 1 / unit)
     for step in range(shrink_steps):
         stretch = 1 + (OCTAVE - 1) * step / max(shrink_steps - 1, 1)
-        scale = (span * stretch).to(scale_dtype).float().clamp(kind.tiny, kind.max)
+        scale = (span * stretch * unit).to(scale_dtype).float().clamp(kind.tiny, kind.max) / unit
         fitted = GRID.fitted(scale.repeat_interleave(high, 0), group)
         off = weight - decode(encode(weight, fitted))
         error = cells(off.square_().mul_(importance)).sum((1, 3), dtype=torch.float64)
         better = (error < least) & (span > 0)
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
-    return GRID.fitted(best.repeat_interleave(high, 0).to(scale_dtype), group, strategy=scheme.strategy)
+    return GRID.fitted((best * unit).repeat_interleave(high, 0).to(scale_dtype), group, strategy=scheme.strategy)
 
 
-__all__ = ["FREE_SCALES", "GRID", "JOINT", "check", "decode", "encode", "fit", "refine_columns", "solve_columns",
-           "steps", "width"]
+__all__ = ["FREE_SCALES", "GRID", "JOINT", "check", "decode", "encode", "fit", "reach", "refine_columns",
+           "solve_columns", "steps", "width"]

@@ -13,4 +13,4 @@ from qtool.grids._levels import LevelGrid, small_float
 GRID = LevelGrid("mxfp4", 4, *small_float(2, 1, 6.0), groups=(32,), scale_dtype=torch.float8_e8m0fnu, shrink=2.0)
 JOINT, FREE_SCALES = True, False
 check, width, fit, encode, decode = GRID.check, GRID.width, GRID.fit, GRID.encode, GRID.decode
-steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refine_columns
+reach, steps, solve_columns, refine_columns = GRID.reach, GRID.steps, GRID.solve_columns, GRID.refine_columns

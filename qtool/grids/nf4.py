@@ -20,6 +20,6 @@ GRID = AbsmaxGrid("nf4", 4, LEVELS, midpoints(LEVELS), groups=(32, 64, 128, 256,
                   nests=True)
 JOINT, FREE_SCALES = False, False
 check, width, fit, encode, decode = GRID.check, GRID.width, GRID.fit, GRID.encode, GRID.decode
-steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refine_columns
-__all__ = ["FREE_SCALES", "GRID", "JOINT", "check", "decode", "dynamic_table", "encode", "fit", "refine_columns",
-           "solve_columns", "steps", "width"]
+reach, steps, solve_columns, refine_columns = GRID.reach, GRID.steps, GRID.solve_columns, GRID.refine_columns
+__all__ = ["FREE_SCALES", "GRID", "JOINT", "check", "decode", "dynamic_table", "encode", "fit", "reach",
+           "refine_columns", "solve_columns", "steps", "width"]

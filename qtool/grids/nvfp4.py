@@ -27,6 +27,11 @@ check, width, encode, decode = GRID.check, GRID.width, GRID.encode, GRID.decode
 steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refine_columns
 
 
+def reach(scheme: Scheme, scale_dtype: torch.dtype) -> float:
+    """The largest |weight|: the global scale follows any."""
+    return float(torch.finfo(torch.float32).max)
+
+
 def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: torch.Tensor | None = None,
         shrink_steps: int = 1, signed: bool = False, rounds: int = 0) -> QuantizedTensor:
     """Local scales in E4M3 units over a global divisor, kept in extra["global_scale"] (float32 [1])."""
@@ -80,4 +85,4 @@ def effective(local: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
 
 
 __all__ = ["FREE_SCALES", "GRID", "JOINT", "WHOLE_SCALE", "check", "decode", "divisor", "effective", "encode", "fit",
-           "invertible", "local_scales", "multiplier", "refine_columns", "solve_columns", "steps", "width"]
+           "invertible", "local_scales", "multiplier", "reach", "refine_columns", "solve_columns", "steps", "width"]

@@ -20,6 +20,11 @@ check, width, decode = GRID.check, GRID.width, GRID.decode
 steps, solve_columns, refine_columns = GRID.steps, GRID.solve_columns, GRID.refine_columns
 
 
+def reach(scheme: Scheme, scale_dtype: torch.dtype) -> float:
+    """The largest |weight| that float16, from which codes are made, can hold."""
+    return float(torch.finfo(torch.float16).max)
+
+
 def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: torch.Tensor | None = None,
         shrink_steps: int = 1, signed: bool = False, rounds: int = 0) -> QuantizedTensor:
     """Always the absmax: that is what the type means."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qtool import heatmap
+from qtool import heatmap, repairs
 from qtool.heatmap import ERRORS, Cells, Measure, Row, Scale
 from qtool.html_report.charts import Charts, heat_map
 from qtool.html_report.markup import Element, Piece, facts, folded, node, percent, table
@@ -212,9 +212,5 @@ def _without_layers(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _notes(rows: Sequence[Row]) -> list[tuple[str, Piece]]:
     """What a method had to repair or do without."""
-    lines: list[tuple[str, Piece]] = []
-    for key, text in (("repaired", "Hessian repaired"), ("pooled", "too few tokens")):
-        names = [row["name"] for row in rows if row.get(key)]
-        if names:
-            lines.append((text, f"{len(names)} linears: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"))
-    return lines
+    return [("note", f"{len(names)} linears {heading}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
+            for heading, names in repairs.listed(rows)]

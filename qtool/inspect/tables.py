@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.text import Text
 
+from qtool import repairs
 from qtool.report import facts, stacked, table
 from qtool.units import percent, size
 
@@ -79,7 +80,7 @@ def layers(rows: Sequence[Row]) -> RenderableType:
 
 def _notes(row: Row) -> str:
     """What went another way than usual."""
-    said = ["Hessian repaired"] if row.get("repaired") else []
+    said = [repairs.KINDS[kind][1] for kind in repairs.kinds(row)]
     said += ["few tokens of its own"] if row.get("pooled") else []
     return ", ".join([*said, *(["rescaled"] if row.get("rescaled") else [])])
 

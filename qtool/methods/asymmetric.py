@@ -9,6 +9,7 @@ Sources: QEP (NeurIPS 2025), GPTAQ (ICML 2025), Qronos (ICLR 2026).
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,7 +18,9 @@ from pydantic import Field
 from qtool.errors import NumericalError
 from qtool.layer import Layer, factor
 from qtool.moments import HeldOut
+from qtool.quality import unit_of
 from qtool.recipe import Strict
+from qtool.tensors import all_finite
 
 CALIBRATED = True
 NEEDS_FLOAT_STREAM = True
@@ -46,17 +49,24 @@ def run(layer: Layer, options: Options) -> Layer:
     # H of the very tokens of C: what they share of chance cancels
     hessian = stats.hessian if stats.paired is None else stats.paired
     stats.cross = stats.paired = None  # the largest things in memory, and no later step needs them
-    lower, _ = factor(layer.name, hessian, options.damping, options.damping_mode)
+    lower, _, repaired = factor(layer.name, hessian, options.damping, options.damping_mode)
     del hessian
     direction = _solve(lower, moved)
     del lower, moved
     strength = best_factor(layer.weight, direction, stats.held_out)
     strength = min(strength, options.limit) if options.factor == "auto" else float(options.factor)
-    return layer.having(target=layer.weight + strength * direction, notes={"asymmetric": round(strength, 4)})
+    target = layer.weight + strength * direction
+    if not (math.isfinite(strength) and all_finite(target)):
+        return layer.having(notes={"asymmetric": 0.0}, repaired={
+            **repaired, "target": "the asymmetric target overflows float32; the weight itself is the target"})
+    return layer.having(target=target, notes={"asymmetric": round(strength, 4)}, repaired=repaired)
 
 
 def best_factor(weight: torch.Tensor, direction: torch.Tensor, held_out: HeldOut) -> float:
     """argmin over a in [0, 1] of |(W + a P) X - W X~|² on held-out tokens, P the direction [N, K]; 0 without any."""
+    unit = unit_of(weight)
+    if unit != 1:
+        weight, direction = weight / unit, direction / unit
     curvature = held_out.energy(direction) if held_out.paired else 0.0
     return min(max(held_out.pull(direction, weight) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
 

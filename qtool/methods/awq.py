@@ -15,6 +15,7 @@ from pydantic import Field
 
 from qtool import found
 from qtool.layer import Layer
+from qtool.quality import finite_or_worst
 from qtool.recipe import Strict
 
 CALIBRATED = True
@@ -60,4 +61,4 @@ def _error(layer: Layer, scale: torch.Tensor, sample: torch.Tensor, options: Opt
     scaled = layer.weight * scale
     fitted = grid.fit(scaled, layer.scheme, layer.scale_dtype, None, options.shrink_steps)
     off = grid.decode(grid.encode(scaled, fitted)) / scale - layer.weight
-    return float(torch.linalg.vector_norm(sample @ off.T, dtype=torch.float64))
+    return finite_or_worst(float(torch.linalg.vector_norm(sample @ off.T, dtype=torch.float64)))

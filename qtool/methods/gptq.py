@@ -51,10 +51,10 @@ def run(layer: Layer, options: Options) -> Layer:
     fitted = grid.fit(layer.weight, layer.scheme, layer.scale_dtype, importance, steps, options.signed, rounds)
 
     order = column_order(layer.stats.hessian, options.order).flip(0)  # the Cholesky factor wants the last first
-    feedback, notes = factor(layer.name, layer.stats.hessian, options.damping, options.damping_mode, order)
+    feedback, damping, repaired = factor(layer.name, layer.stats.hessian, options.damping, options.damping_mode, order)
     feedback /= feedback.diagonal().clone()  # column j over L_jj: the feedback of column i on column j
     codes = solve(grid, fitted.without_offset(layer.target), feedback, fitted, order, options.block)
-    return layer.having(quantized=replace(fitted, codes=codes), notes=notes)
+    return layer.having(quantized=replace(fitted, codes=codes), notes={"damping": damping}, repaired=repaired)
 
 
 def column_order(hessian: torch.Tensor, order: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from qtool import found
 from qtool.errors import RecipeError
 from qtool.layer import Layer, damped
 from qtool.recipe import Strict
-from qtool.tensors import QuantizedTensor
+from qtool.tensors import QuantizedTensor, all_finite
 
 CALIBRATED = True
 
@@ -40,6 +40,8 @@ def run(layer: Layer, options: Options) -> Layer:
     hessian = damped(layer.stats.hessian, options.damping, options.damping_mode)
     grid, answer = found.load("grids", layer.scheme.grid), layer.quantized
     error = (layer.target - grid.decode(answer)) @ hessian
+    if not all_finite(error):
+        return layer.having(repaired={"refine": "its sums overflow float32; the codes are those of the step before"})
     free = options.scales and (grid.FREE_SCALES or hasattr(grid, "refit")) and answer.strategy is None
     for _ in range(options.sweeps):
         answer = sweep(grid, answer, error, hessian, options.block, free)

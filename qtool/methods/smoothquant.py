@@ -15,6 +15,7 @@ from pydantic import Field
 from qtool import found
 from qtool.activations import round_inputs, static_scale
 from qtool.layer import Layer
+from qtool.quality import finite_or_worst
 from qtool.recipe import Strict
 
 CALIBRATED = True
@@ -59,4 +60,5 @@ def _error(layer: Layer, scale: torch.Tensor, sample: torch.Tensor) -> float:
     if layer.scheme.activations:
         rounded = round_inputs(x, layer.scheme, static_scale(x.abs(), x, layer.scheme, layer.scale_dtype))
     decoded = grid.decode(grid.encode(scaled, grid.fit(scaled, layer.scheme, layer.scale_dtype)))
-    return float(torch.linalg.vector_norm(rounded @ decoded.T - sample @ layer.weight.T, dtype=torch.float64))
+    return finite_or_worst(float(torch.linalg.vector_norm(rounded @ decoded.T - sample @ layer.weight.T,
+                                                          dtype=torch.float64)))

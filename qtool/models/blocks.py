@@ -12,7 +12,7 @@ from torch import nn
 
 from qtool.errors import ModelError
 from qtool.models.skeleton import Skeleton
-from qtool.models.streams import StreamStore
+from qtool.models.streams import StreamStore, refuse_overflow
 
 Read = Callable[[str], torch.Tensor]  # checkpoint tensor name -> tensor
 
@@ -182,7 +182,7 @@ def capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStor
 def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamStore, device: torch.device,
              dtype: torch.dtype, batches: Sequence[slice], arguments: BlockArguments, as_tuple: bool) -> None:
     state: dict[str, Any] = {}
-    last = len(skeleton.blocks) - 1
+    last, base_path = len(skeleton.blocks) - 1, skeleton.model.base_model_prefix
 
     def visit(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = state["batch"]
@@ -191,6 +191,7 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
             if hidden.shape != (batch.stop - batch.start, *store.shape[1:]):
                 raise ModelError(f"{skeleton.model_type}: the blocks receive hidden states {list(hidden.shape)}, "
                                  "not [samples, tokens, hidden]; models of this kind cannot be run block by block")
+            refuse_overflow(f"{base_path}: the input of its first block", hidden, store.dtype, batch)
             store.write(batch, hidden)
         elif hidden is not state["hidden"]:
             raise _TupleExpected
@@ -199,7 +200,6 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
             raise _Finished
         return (hidden,) if as_tuple else hidden
 
-    base_path = skeleton.model.base_model_prefix
     if not isinstance(base_path, str) or not skeleton.blocks[0].startswith(base_path + "."):
         raise ModelError(f"{skeleton.model_type}: the blocks lie outside the base model {base_path}")
     runner = without_blocks(skeleton, base_path, visit, read, device, dtype)

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from qtool.activations import outlier_mask
+from qtool.errors import NumericalError
 from qtool.models.blocks import BlockArguments
 from qtool.models.statistics import InputWatch
-from qtool.models.streams import StreamStore
+from qtool.models.streams import LOOK, StreamStore
+from qtool.tensors import all_finite
 
 FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
 TOLERANCE = 1e-3  # of the output's size, for a fold that holds; float32 and bfloat16 rounding stay below it
@@ -102,23 +104,30 @@ def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Blo
     for leader, names in groups.items():
         if leader in sums:
             mean, largest, outliers, sample = sums[leader]
+            if not all_finite(mean):
+                raise NumericalError(f"{leader}: its inputs on calibration text are not finite, though what enters the "
+                                     f"block is: a weight before it is too large; {LOOK[False]}")
             found[tuple(names)] = Survey(mean / tokens[leader], largest, outliers / tokens[leader], sample)
     return found
 
 
-def find_folds(block: nn.Module, groups: Iterable[tuple[str, ...]], run: Run) -> list[Fold]:
-    """Of the groups of linears that share an input, those with a source that can be scaled. Changes nothing."""
+def find_folds(block: nn.Module, groups: Iterable[tuple[str, ...]], run: Run) -> tuple[list[Fold], bool]:
+    """Of the groups of linears that share an input, those with a source that can be scaled. Changes nothing.
+
+    Also whether the block could tell: linears that do nothing here (of zeros, say) are left out.
+    """
     groups = list(groups)
     feeding = _norms(block, groups, run)
     found = []
     expected = run()
-    for group in groups:
+    felt = [group for group in groups if _felt(block, group, run, expected)]
+    for group in felt:
         tried = [Fold(group, feeding[group], False, added) for added in (False, True)] if group in feeding else []
         for fold in (*tried, *_linear_folds(block, group)):
             if _holds(block, fold, run, expected):
                 found.append(fold)
                 break
-    return found
+    return found, len(felt) == len(groups)
 
 
 def apply(block: nn.Module, fold: Fold, scale: torch.Tensor, read: Callable[[str], torch.Tensor],
@@ -222,13 +231,23 @@ def _linear(block: nn.Module, path: str) -> nn.Linear:
     return module
 
 
+def _felt(block: nn.Module, group: tuple[str, ...], run: Run, expected: torch.Tensor) -> bool:
+    """Whether the output of the block depends on these linears at all; if not, any fold of them would seem to hold."""
+    scale = _random_scale(_linear(block, group[0]).in_features, expected.device)
+    with replaced(block, {f"{path}.weight": block.get_parameter(f"{path}.weight").data * scale for path in group}):
+        return not torch.equal(run(), expected)
+
+
+def _random_scale(columns: int, device: torch.device) -> torch.Tensor:
+    return (torch.rand(columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(device)
+
+
 def _holds(block: nn.Module, fold: Fold, run: Run, expected: torch.Tensor) -> bool:
     paths = [f"{fold.source}.weight", *(f"{path}.weight" for path in fold.consumers)]
     if fold.linear and _linear(block, fold.source).bias is not None:
         paths.append(f"{fold.source}.bias")
     columns = _linear(block, fold.consumers[0]).in_features
-    generator = torch.Generator().manual_seed(0)
-    scale = tied(fold, torch.rand(columns, generator=generator) + 0.5).to(expected.device)
+    scale = tied(fold, _random_scale(columns, expected.device))
     with replaced(block, {path: block.get_parameter(path).data.clone() for path in paths}) as before:
         apply(block, fold, scale, before.__getitem__, torch.float32)
         off = (run() - expected).abs().max()

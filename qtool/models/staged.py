@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qtool.models.experts import SplitExperts
-from qtool.models.streams import StreamStore
+from qtool.models.streams import StreamStore, refuse_overflow
 from qtool.tensors import CalibrationStats
 
 Collected = dict[tuple[str, ...], CalibrationStats]
@@ -107,15 +107,21 @@ class Track:
         self.done: list[_Done] = []
 
     @contextlib.contextmanager
-    def keeping(self, part: Part) -> Iterator[None]:
-        """For a pass up to the last linear of a part: keeps its inputs; afterwards the part's forward is replaced."""
+    def keeping(self, part: Part, name: str) -> Iterator[None]:
+        """For a pass up to the last linear of a part, called `name`: keeps its inputs; afterwards the part's forward is
+        replaced."""
         if self.new_store is None:
             yield
             return
         tail = self.block.get_submodule(part.tail)
         assert isinstance(tail, nn.Linear)
         inputs = self.new_store("inputs of " + part.path, tail.in_features)
-        handle = tail.register_forward_pre_hook(lambda _module, args: inputs.write(self.now, args[0]))
+
+        def keep(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            refuse_overflow(f"{name}: its input", args[0], inputs.dtype, self.now)
+            inputs.write(self.now, args[0])
+
+        handle = tail.register_forward_pre_hook(keep)
         try:
             yield
         finally:
@@ -150,7 +156,7 @@ class StagedBlock:
                 yield self._pass(inner, collect)
             with contextlib.ExitStack() as stack:
                 for track in self.tracks:
-                    stack.enter_context(track.keeping(part))
+                    stack.enter_context(track.keeping(part, tail))
                 stats = self._pass([tail], collect)
             yield stats
             del stats

@@ -18,7 +18,7 @@ from torch import nn
 from qtool.errors import CalibrationError, NumericalError
 from qtool.models.blocks import BlockArguments
 from qtool.models.experts import SplitExperts
-from qtool.models.streams import StreamStore
+from qtool.models.streams import LOOK, StreamStore, refuse_overflow
 from qtool.moments import HeldOut, add_gram, add_product, mirror, zeros
 from qtool.tensors import CalibrationStats, all_finite
 
@@ -163,9 +163,7 @@ def propagate(block: nn.Module, name: str, arguments: BlockArguments, index: int
     with torch.inference_mode():
         for batch in batches:
             output = run_block(block, arguments, index, store, batch, device, dtype)
-            if not torch.isfinite(output.sum(dtype=torch.float32)):
-                raise NumericalError(f"{name}: the output of the block is not finite on calibration samples "
-                                     f"{batch.start}..{batch.stop - 1}; check the weights, or use --set dtype=float32")
+            refuse_overflow(f"{name}: its output", output, store.dtype, batch)
             store.write(batch, output)
 
 
@@ -257,8 +255,8 @@ def _too_few(group: _Group) -> bool:
 def _check_finite(group: _Group) -> None:
     sums = [total.diagonal() for total in (group.fit, group.paired, group.cross) if total is not None]
     if not (all(map(all_finite, sums)) and group.held.finite()):
-        raise NumericalError(f"{group.names[0]}: its calibration inputs are not finite; check the source weights, "
-                             "or use --set dtype=float32 when they are float16")
+        raise NumericalError(f"{group.names[0]}: its inputs on calibration text, or their squares, are not finite, "
+                             f"though what enters the block is: a weight before it is too large; {LOOK[False]}")
 
 
 def _pool(groups: list[_Group]) -> _Group:

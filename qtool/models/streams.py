@@ -13,10 +13,13 @@ from typing import Any
 import torch
 
 from qtool import storage
-from qtool.errors import OutputError, StorageError
-from qtool.tensors import NAMES_OF_DTYPES
+from qtool.errors import NumericalError, OutputError, StorageError
+from qtool.tensors import NAMES_OF_DTYPES, all_finite
 
 CHUNK = 64 << 20  # bytes copied at a time when saving
+# what to do about activations that are not finite; True: where the type that they are computed in is float16
+LOOK = {True: "use --set dtype=bfloat16 or dtype=float32",
+        False: "find it with qtool inspect MODEL --layers --sort absmax, and mend it or start from another checkpoint"}
 
 
 def batches_for(samples: int, length: int, batch_tokens: int, held_out: float) -> tuple[list[slice], frozenset[int]]:
@@ -29,6 +32,23 @@ def batches_for(samples: int, length: int, batch_tokens: int, held_out: float) -
     cuts = [*range(0, samples - last, size), *range(samples - last, samples, size), samples]
     return [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)], \
         frozenset(range(samples - last, samples))
+
+
+def refuse_overflow(what: str, hidden: torch.Tensor, stored: torch.dtype, batch: slice) -> None:
+    """Raise NumericalError where activations are not finite, or not in the type that they are stored in.
+
+    what: the beginning of the message, such as "model.layers.3: its output".
+    """
+    if all_finite(hidden.to(stored)):
+        return
+    where = f"on calibration samples {batch.start}..{batch.stop - 1}"
+    if all_finite(hidden):
+        kind, largest = str(stored).removeprefix("torch."), max(abs(float(end)) for end in hidden.aminmax())
+        raise NumericalError(f"{what} reaches {largest:.4g} {where}, more than {kind} holds; use --set dtype=bfloat16 "
+                             "or dtype=float32")
+    kind = str(hidden.dtype).removeprefix("torch.")
+    raise NumericalError(f"{what} is not finite {where}, though what enters the block is: a weight before it is too "
+                         f"large for {kind}; " + LOOK[hidden.dtype == torch.float16])
 
 
 class StreamStore:

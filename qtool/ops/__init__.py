@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from qtool.ops import _library, checks
+from qtool.ops import _library, checks, extremes
 from qtool.ops.checks import MAX_BLOCK, MAX_PRODUCTS, SCALE_TYPES
 
 __all__ = ["MAX_BLOCK", "MAX_PRODUCTS", "SCALE_TYPES", "backend", "dequantize_affine", "dequantize_levels",
@@ -50,7 +50,9 @@ def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group_size: int, 
     arguments = (_float("weight", weight), _float("importance", importance), group_size, bits, symmetric,
                  SCALE_TYPES.index(scale_dtype), shrink_steps, shrink_min, signed, rounds)
     checks.fit_affine(*arguments)
-    return _ops.fit_affine(*arguments)
+    weight, power = extremes.in_range(arguments[0], group_size, scale_dtype)
+    scale, zero_point = _ops.fit_affine(weight, extremes.weighing(arguments[1]), *arguments[2:])
+    return extremes.back(scale, power, scale_dtype), zero_point
 
 
 def round_affine(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group_size: int,
@@ -114,7 +116,8 @@ def fit_levels(weight: torch.Tensor, importance: torch.Tensor, group_size: int, 
                  _float("edges", edges), group_size, SCALE_TYPES.index(scale_dtype), shrink_steps, shrink_min,
                  float(levels.abs().max()), rounds)
     checks.fit_levels(*arguments)
-    return _ops.fit_levels(*arguments)
+    weight, power = extremes.in_range(arguments[0], group_size, scale_dtype)
+    return extremes.back(_ops.fit_levels(weight, extremes.weighing(arguments[1]), *arguments[2:]), power, scale_dtype)
 
 
 def round_levels(weight: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor, edges: torch.Tensor,
@@ -173,7 +176,8 @@ def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, levels: torch.Ten
                  _float("edges", edges), super_, sub, *scale_range, mins, steps, rounds, energy, uniform)
     checks.fit_blocks(*arguments)
     checks.require(mins > 0 or float(levels[0]) < 0, "without a minimum the lowest level is negative")
-    return _ops.fit_blocks(*arguments)
+    importance = extremes.levelled(extremes.weighing(arguments[1]), sub)
+    return _ops.fit_blocks(arguments[0], importance, *arguments[2:])
 
 
 def pack_fields(parts: torch.Tensor, fields: torch.Tensor, size: int) -> torch.Tensor:

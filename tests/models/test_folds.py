@@ -31,7 +31,7 @@ class Run:
         self.store, self.arguments = loaded.captured(ids, BATCHES)
         self.surveys = folds.survey(self.block, PREFIX, self.names, self.arguments, 0, self.store, BATCHES, CPU,
                                     torch.float32, 40, 1.5)
-        self.folds = folds.find_folds(self.block, self.surveys, self)
+        self.folds, self.sure = folds.find_folds(self.block, self.surveys, self)
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
@@ -76,4 +76,4 @@ def test_no_fold_where_something_else_reads_the_norm(checkpoint, ids):
     loaded = checkpoint("llama")
     run = Run(loaded, ids)
     groups = [ATTENTION[:2], MLP]
-    assert [fold.consumers for fold in folds.find_folds(run.block, groups, run)] == [MLP]
+    assert [fold.consumers for fold in folds.find_folds(run.block, groups, run)[0]] == [MLP]
