@@ -237,7 +237,7 @@ def test_a_dense_tensor_that_a_smaller_type_cannot_hold(run: Run, tmp_path: Path
 
 @given(st.sampled_from(sorted(SCHEMES)), st.sampled_from(sorted(STEPS)), st.sampled_from(sorted(nasty.WEIGHTS)),
        st.sampled_from(sorted(nasty.INPUTS)), st.sampled_from([1, 3, 20, 300]), st.integers(1, 9), st.integers(0, 999))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_no_step_is_worse_than_plain_rounding(grid: str, steps: str, weight: str, inputs: str, tokens: int, rows: int,
                                               seed: int) -> None:
     check_step(grid, steps, weight, inputs, tokens, rows, seed)
