@@ -85,10 +85,10 @@ def reopen() -> None:
 
 def show(result: RenderableType) -> None:
     """A result for people."""
-    target = console()
-    with target.capture() as captured:
-        target.print(result)
-    show_text(captured.get())
+    target, text = console(), io.StringIO()
+    Console(file=text, width=target.width, force_terminal=target.is_terminal, markup=False, highlight=False,
+            emoji=False, color_system=cast(Any, target.color_system)).print(result)
+    show_text(text.getvalue())
 
 
 def show_json(result: Any) -> None:

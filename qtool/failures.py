@@ -20,7 +20,7 @@ def described(error: BaseException) -> tuple[str, str]:
     if heap.is_exhausted(error):
         return f"out of memory{f': {text[:200]}' if text else ''}; {MEMORY}", "error"
     if any(word in text.lower() for word in THREADS) or (isinstance(error, OSError) and error.errno == errno.EAGAIN):
-        return (f"no more threads or processes can be had ({text[:200]}); raise the limit (ulimit -u, or pids.max of "
+        return (f"no more threads or processes can be had ({text[:200]}); raise the limit (ulimit -u, -v, pids.max of "
                 f"the container) or use fewer threads (OMP_NUM_THREADS=1); {storage.CONTINUES}"), "error"
     if isinstance(error, OSError) and error.errno in (*storage.FULL, errno.EMFILE, errno.ENFILE):
         path = Path(error.filename if isinstance(error.filename, str) else tempfile.gettempdir())

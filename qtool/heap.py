@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
+
+from qtool.units import size
 
 EXHAUSTED = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "memoryerror",
              "failed to map segment")  # in messages of torch, C++, CUDA, Rust and the dynamic loader
@@ -21,6 +24,14 @@ def reuse() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         mallopt(M_TRIM_THRESHOLD, TRIMMED_FROM)
+
+
+def reserve(count: int) -> None:
+    """Raise MemoryError where `count` bytes cannot be had, before a library is called that would end the process."""
+    try:
+        mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        raise MemoryError(f"{size(count)} are needed") from None
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from qtool import manifest, processes, recipe
-from qtool.errors import OutputError, QtoolError, RecipeError, RunError
+from qtool import manifest, processes, recipe, storage
+from qtool.errors import QtoolError, RecipeError, RunError
 from qtool.processes import Ended, Task
 
 SCHEMA = 1
@@ -249,7 +249,7 @@ def _save(summary: Mapping[str, Any]) -> None:
             place.mkdir(parents=True, exist_ok=True)
         manifest.write_json(folder / SUMMARY, summary)
     except OSError as error:
-        raise OutputError(f"{folder / SUMMARY} cannot be written: {error.strerror}; choose another out") from None
+        raise storage.unusable(error, folder / SUMMARY, "cannot be written", "out") from None
 
 
 def _line(entry: Entry) -> str:

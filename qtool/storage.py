@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from qtool.errors import PlanError, StorageError
+from qtool.errors import OutputError, PlanError, StorageError
 from qtool.units import size
 
 PART = ".part"  # ends the name of what is not whole yet
@@ -38,6 +38,13 @@ def failed(error: OSError, path: Path, what: str, needed: int = 0, smaller: str 
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return StorageError(f"{path}: {what} cannot be opened: {error.strerror}; raise the limit (ulimit -n), {then}")
     return StorageError(f"{path}: {what} cannot be written: {error.strerror}; when that is mended, {then}")
+
+
+def unusable(error: OSError, path: Path, how: str, option: str) -> OutputError | StorageError:
+    """Why work cannot even begin at `path`: there is no room, or it is no place for it."""
+    if error.errno in FULL:
+        return failed(error, path, "the output", then=AGAIN)
+    return OutputError(f"{path} {how}: {error.strerror}; choose another {option}")
 
 
 def _room(path: Path, what: str, needed: int) -> str:
@@ -72,8 +79,9 @@ def mount(path: Path) -> Path:
 
 def free(out: Path) -> int:
     """Bytes free where an output goes, with what an unfinished run of it has there already."""
-    partial = out.with_name(out.name + ".partial")
-    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
+    partial, there = out.with_name(out.name + ".partial"), 0
+    with contextlib.suppress(OSError):  # the workspace says what is wrong with it
+        there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
     return shutil.disk_usage(standing(out)).free + there
 
 

@@ -41,7 +41,7 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable(error, self.folder, "cannot be made") from None
+            raise storage.unusable(error, self.folder, "cannot be made", "--out") from None
         with contextlib.ExitStack() as held:
             try:
                 self._refuse_lost = held.enter_context(lock.hold(self.folder / LOCK))
@@ -49,7 +49,7 @@ class Workspace:
                     self._clear()
                 self._read_journal()
             except OSError as error:
-                raise _unusable(error, self.folder, "is not writable") from None
+                raise storage.unusable(error, self.folder, "is not writable", "--out") from None
             self._held = held.pop_all()
         return self
 
@@ -159,15 +159,14 @@ def _journal(out: Path) -> Path:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise OutputError when the output's place is taken."""
+    """Raise OutputError when the output's place is taken, or can have no such name."""
+    try:
+        os.lstat(out.with_name(f".{out.name}.before-redo"))  # the longest name that anything beside an output has
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise storage.unusable(error, out, "cannot be made", "--out") from None
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a directory; choose another --out")
     if out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not empty; remove it or choose another --out")
-
-
-def _unusable(error: OSError, folder: Path, how: str) -> OutputError | StorageError:
-    """Why a run cannot even begin: no room, or no place for it."""
-    if error.errno in storage.FULL:
-        return storage.failed(error, folder, "the output", then=storage.AGAIN)
-    return OutputError(f"{folder} {how}: {error.strerror}; choose another --out")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).parent
 SHIM = HERE / "failing.c"
@@ -58,14 +58,19 @@ class Starver:
 
     def run(self, *arguments: object, folder: Path | None = None, number: int = 0, at: int = 0, persist: bool = True,
             **others: Any) -> Done:
-        """One command. folder, number, at, persist: as failing.c has them.  others: uid; cwd; limits, soft and hard, by
-        the names of the resource module; script, Python that is run instead of the command line."""
+        """One command. folder, number, at, persist: as failing.c has them.  others: stdout, stderr: see stream; cwd;
+        powerless; limits, soft and hard, as the resource module calls them; script, run instead of the command line."""
         assert self._server.stdin is not None and self._server.stdout is not None
         request = {"arguments": [str(one) for one in arguments], "folder": str(folder or ""), "number": number,
                    "at": at, "persist": persist, **others}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return Done(**json.loads(self._server.stdout.readline()))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def build_shim(folder: Path) -> Path | None:
@@ -117,8 +122,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if process == 0:
             status = 70
             try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
+                os.dup2(stream(request.get("stdout"), out), 1)
+                os.dup2(stream(request.get("stderr"), err), 2)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
                 status = obey(request, shared)
             finally:
                 os._exit(status)
@@ -129,6 +135,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             texts.append(file.read().decode(errors="replace"))
     return {"status": os.waitstatus_to_exitcode(status), "out": texts[0], "err": texts[1],
             "calls": struct.unpack("l", shared[:8])[0], "failed": shared[8:].split(b"\0")[0].decode()}
+
+
+def stream(kind: str | None, file: IO[bytes]) -> int:
+    """The file, another one by its path, or "gone": a pipe that nobody reads."""
+    if kind == "gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+        return writer
+    return os.open(kind, os.O_WRONLY) if kind else file.fileno()
 
 
 def obey(request: dict[str, Any], shared: mmap.mmap) -> int:
@@ -145,10 +160,9 @@ def obey(request: dict[str, Any], shared: mmap.mmap) -> int:
     for name, value in (request.get("limits") or {}).items():
         soft = value + (address_space() if name == "RLIMIT_AS" else 0)
         resource.setrlimit(getattr(resource, name), (soft, soft))
-    if request.get("uid"):
-        os.setgroups([])
-        os.setgid(request["uid"])
-        os.setuid(request["uid"])
+    if request.get("powerless"):  # root, but with the permissions that files tell
+        header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
+        assert ctypes.CDLL(None).capset(header, none) == 0
     from qtool import cli
 
     try:

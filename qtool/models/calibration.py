@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qtool import heap
 from qtool.errors import CalibrationError
 from qtool.models import builtin_text, tokenizer
 from qtool.recipe import Calibration
@@ -19,6 +20,7 @@ from qtool.recipe import Calibration
 FILE = re.compile(r"(?P<path>.+\.(?P<kind>txt|jsonl|parquet))(?::(?P<field>[^:/]+))?", re.IGNORECASE)
 DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,3}")
 CHARACTERS_PER_TOKEN = 6  # a first guess of how much text is needed; doubled until it is enough
+TOKENIZING = 400  # bytes for a character of text; the tokenizers library ends the process without them
 TAIL = 64  # tokens at the end of a cut text that may come out differently when the text goes on
 INSTALL = "pip install 'qtool[datasets]'"
 
@@ -80,6 +82,7 @@ def _tokenize(text_tokenizer: Any, pieces: Iterator[str], needed: int) -> list[i
             parts.append(piece or "")
             size += len(piece or "")
         text = "".join(parts)
+        heap.reserve(TOKENIZING * (len(text) + (1 << 16)))
         tokens = text_tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if ended or len(tokens) - TAIL >= needed:
             return tokens[:needed]
