@@ -42,7 +42,7 @@ def failed(error: OSError, path: Path, what: str, needed: int = 0, smaller: str 
 
 def unusable(error: OSError, path: Path, how: str, option: str) -> OutputError | StorageError:
     """Why work cannot even begin at `path`: there is no room, or it is no place for it."""
-    if error.errno in FULL:
+    if error.errno in (*FULL, errno.EMFILE, errno.ENFILE, errno.EIO):
         return failed(error, path, "the output", then=AGAIN)
     return OutputError(f"{path} {how}: {error.strerror}; choose another {option}")
 

@@ -107,6 +107,7 @@ def serve() -> None:
         report_plan,
         requantize,
     )
+    from qtool.checkpoint import gguf_writer  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
