@@ -102,8 +102,8 @@ def test_many_shards_need_few_open_files(starver: Starver, model: Path, tmp_path
                          limits={"RLIMIT_NOFILE": 20})
     assert clean(export).status == 0
     shutil.rmtree(tmp_path / "out")
-    told = failed(starver.run(*command, limits={"RLIMIT_NOFILE": 7}))
-    assert "Too many open files" in told.err
+    told = clean(starver.run(*command, limits={"RLIMIT_NOFILE": 7}))  # whichever file is the first too many
+    assert told.status in (1, 2) and "Too many open files" in told.err, told.err
 
 
 def test_permission_that_is_taken_away(starver: Starver, model: Path, done: Path, place: Path) -> None:
