@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qtool import manifest, workspace
+from qtool.errors import OutputError
 
 
 def described(device: torch.device) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def resume(out: Path) -> str | None:
     """Take as many threads as the unfinished run of this output has, if there is one; returns what people are told."""
     try:
         before = (workspace.unfinished(out) or {}).get(manifest.ARITHMETIC)
-    except (OSError, ValueError):  # the workspace says so when it is opened
+    except OutputError:  # the workspace says so when it is opened
         return None
     count, now = before.get("threads") if isinstance(before, dict) else None, torch.get_num_threads()
     if type(count) is not int or count == now or not 0 < count <= 1024:

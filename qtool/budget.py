@@ -94,9 +94,11 @@ def pose(recipe: Recipe, format_: ModuleType, model_dtype: torch.dtype, linears:
                         "budget or a rule")
     weights = _weights(linears)
     limit = int(budget.bits * weights / 8) if budget.bits is not None else (budget.size or 0) - other_bytes
-    fixed = sum(stored_bytes(format_, one.stored, one.shape, one.scheme, model_dtype)
-                for one in linears if recipe.scheme_for(one.name)[1] is not None)
+    settled = [one for one in linears if recipe.scheme_for(one.name)[1] is not None]
+    _refuse_auto([one.scheme for one in settled])
+    fixed = sum(stored_bytes(format_, one.stored, one.shape, one.scheme, model_dtype) for one in settled)
     schemes = _candidates(recipe, format_, 8 * (limit - fixed) / _weights(free))
+    _refuse_auto(schemes)
     by_name = {one.name: one for one in free}
     sets = [[by_name[name] for name in names] for names in fused_sets(by_name)]
     choices = tuple(_choice(members, schemes, format_, model_dtype, bool(budget.schemes)) for members in sets)
@@ -104,6 +106,11 @@ def pose(recipe: Recipe, format_: ModuleType, model_dtype: torch.dtype, linears:
     _refuse_unused(problem, schemes, format_, free, bool(budget.schemes))
     _refuse_out_of_reach(problem, recipe, other_bytes)
     return problem
+
+
+def _refuse_auto(schemes: Sequence[Scheme]) -> None:
+    if any(scheme.group_size == "auto" for scheme in schemes):
+        raise PlanError("budget: group_size auto has no size to count with; give numbers in schemes and rules")
 
 
 def _candidates(recipe: Recipe, format_: ModuleType, bits: float) -> list[Scheme]:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -18,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.text import Text
 
 from qtool.errors import StorageError
@@ -28,8 +30,22 @@ from qtool.units import clock, percent, size, span
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # with those of direction
 PIPE_WIDTH = 240  # columns of a table that goes to no terminal; a narrow one stays narrow
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
+
+
+class _Safe(Console):
+    """Names in files may hold control characters, with which a terminal can be made to show or do other things."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+def visible(text: str) -> str:
+    """The text with ? for control characters but line ends and tabs."""
+    return text if text.isprintable() else CONTROL.sub("?", text)
 
 
 def console(stderr: bool = False) -> Console:
@@ -37,7 +53,7 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
     target = cast(IO[str], Unwatched(stream)) if stderr else stream
-    return Console(file=target, width=width, markup=False, highlight=False, emoji=False)
+    return _Safe(file=target, width=width, markup=False, highlight=False, emoji=False)
 
 
 class Unwatched:
@@ -97,9 +113,12 @@ def show_json(result: Any) -> None:
 
 
 def show_text(text: str) -> None:
-    """A result as it is. Ends the program as SIGPIPE would where its reader has gone; raises StorageError."""
+    """A result as it is, but for control characters.
+
+    Ends the program as SIGPIPE would where its reader has gone; raises StorageError.
+    """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(visible(text))
         sys.stdout.flush()
     except BrokenPipeError:
         _drop(sys.stdout)

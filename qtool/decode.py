@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch
 
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint.header import AGAIN, read_json
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import CheckpointError, InputError
+from qtool.explained import Explained
 from qtool.recipe import Scheme
 from qtool.tensors import DTYPE_NAMES, FLOATING, QuantizedTensor, TensorSpec
 
@@ -36,11 +37,13 @@ class Source:
         self.config: dict[str, Any] = _without_quantization(checkpoint.config)
         self._stored_config = _stored_config(checkpoint)
         quantization = formats.quantization_config(self._stored_config)
-        self.format: ModuleType | None = formats.recognise(self._stored_config)
         self._linears: dict[str, tuple[Scheme, tuple[int, int]]] = {}
-        if self.format is not None:
-            self._linears = self.format.schemes(self._stored_config, checkpoint.specs, self._read_stored)
-        elif quantization:
+        self.format: ModuleType | None = None
+        with Explained(Path(checkpoint.origin), "its quantization_config is not understood", AGAIN):
+            self.format = formats.recognise(self._stored_config)
+            if self.format is not None:
+                self._linears = self.format.schemes(self._stored_config, checkpoint.specs, self._read_stored)
+        if self.format is None and quantization:
             raise CheckpointError(
                 f"{checkpoint.origin}: config.json says it is quantized with {quantization.get('quant_method')!r}, "
                 f"which is not read (read: {', '.join(formats.names())}); start from the unquantized model")
@@ -200,10 +203,4 @@ def _stored_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if _without_quantization(checkpoint.config) != checkpoint.config or not there:
         return checkpoint.config
     beside = checkpoint.directory / there[0]
-    try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{beside} cannot be read as JSON ({error}); fetch the file again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{beside} holds no JSON object; fetch the file again")
-    return {"quant_method": BESIDE[beside.name], **found}
+    return {"quant_method": BESIDE[beside.name], **read_json(beside)}

@@ -20,9 +20,15 @@ from __future__ import annotations
 
 
 class QtoolError(Exception):
-    """Base of all deliberate errors; `exit_status` is what the command line returns."""
+    """Base of all deliberate errors; `exit_status` is what the command line returns.
+
+    Names in a message come from files: what a terminal would obey is ? in it.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() or char == "\n" else "?" for char in message))
 
 
 class InputError(QtoolError):
@@ -71,3 +77,9 @@ class VerificationError(RunError):
     """What was written is not what was meant."""
 
     exit_status = 3
+
+
+def printable(name: str, limit: int = 200) -> str:
+    """The name as a message may show it: no control characters, no lone surrogates, not endless."""
+    shown = "".join(char if char.isprintable() else "?" for char in name[:limit])
+    return shown if len(name) <= limit else shown + "..."

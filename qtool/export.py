@@ -17,6 +17,7 @@ import torch
 
 import qtool
 from qtool import card, digests, footprint, formats, found, gguf_codes, heap, inspect, manifest, storage, transfer
+from qtool.checkpoint.reader import refuse_non_finite
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -71,7 +72,7 @@ def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     how = (transfer.Transfer({}, (), source.dtype, source.dtype) if target.NAME == DENSE
            else transfer.plan(source, target))
     where = out or Path(f"{source.name}-{target.NAME}")
-    refuse_existing(where)
+    refuse_existing(where, source.directory)
     return Export(source, target, where, how, tuple(_outputs(source, target, how)), inspect.record_of(source))
 
 
@@ -173,7 +174,7 @@ def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
 
 def _copy(job: Export, writer: ShardWriter, name: str) -> None:
     """A tensor as the dense view has it: decoded if it is quantized, else as stored."""
-    tensor = job.source.read(name)
+    tensor = refuse_non_finite(job.source.origin, name, job.source.read(name))
     writer.write(name, tensor)
     if not same_bits(writer.read_back(name), tensor):
         raise VerificationError(f"{name}: what was read back from {writer.folder} differs from what was written; the "

@@ -17,6 +17,7 @@ from qtool import storage as disk
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter, file_bytes
 from qtool.checkpoint.imatrix import read_imatrix, spread
+from qtool.checkpoint.reader import refuse_non_finite
 from qtool.decode import Source
 from qtool.errors import InputError, OutputError, PlanError, VerificationError
 from qtool.formats import gguf as blocks
@@ -24,7 +25,7 @@ from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
 from qtool.tensors import QuantizedTensor, TensorSpec, same_bits
-from qtool.workspace import Workspace
+from qtool.workspace import Workspace, refuse_inside
 
 NAME = "gguf"
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -204,6 +205,7 @@ def _place(source: Source, storage: Storage, out: Path | None) -> Path:
     """The file to write."""
     name = f"{source.name}-{storage.label}.gguf"
     path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
+    refuse_inside(path, source.directory)
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists; remove it or choose another --out")
     return path
@@ -211,7 +213,7 @@ def _place(source: Source, storage: Storage, out: Path | None) -> Path:
 
 def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:
     """Write one tensor and check it; returns whether nothing of it was lost."""
-    tensor = job.source.read(output.name)
+    tensor = refuse_non_finite(job.source.origin, output.name, job.source.read(output.name))
     stored = job.storage.encode(tensor, output)
     if not writer.finished:
         writer.write(output.name, stored)

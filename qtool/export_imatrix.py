@@ -23,7 +23,7 @@ from qtool.decode import Source
 from qtool.errors import OutputError
 from qtool.models import blocks, calibration, importance, skeleton
 from qtool.models.streams import StreamStore, batches_for
-from qtool.workspace import Workspace
+from qtool.workspace import Workspace, refuse_inside
 
 NAME = "imatrix"
 FILE = "imatrix.gguf"  # in the working directory
@@ -166,6 +166,7 @@ def _place(source: Source, out: Path | None) -> Path:
     """The file to write."""
     name = f"{source.name}-{NAME}.gguf"
     path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
+    refuse_inside(path, source.directory)
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists; remove it or choose another --out")
     return path

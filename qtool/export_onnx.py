@@ -64,7 +64,7 @@ def make_export(source: Source, out: Path | None = None, accuracy_level: int | N
         transfer.refuse_inexact(source, DTYPES[computed], f"an ONNX graph in {computed}", "leave --dtype out")
     decoder = decoders.describe(source.directory, source.config, source.specs)
     where = out or Path(f"{source.name}-{NAME}")
-    refuse_existing(where)
+    refuse_existing(where, source.directory)
     files = {"config.json": dict(source.config), **genai.files(decoder, source.config, source.directory)}
     graph = draw(source, decoder, level, DTYPES[computed])
     return OnnxExport(source, where, graph, {"accuracy_level": level, "dtype": computed}, files,

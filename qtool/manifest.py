@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qtool import storage
-from qtool.errors import CheckpointError, OutputError
+from qtool import manifest_schema, storage
+from qtool.errors import CheckpointError, OutputError, printable
+from qtool.files import read_limited
 
 NAME = "manifest.json"
 SCHEMA = 1
@@ -94,24 +95,29 @@ def load(folder: Path) -> dict[str, Any]:
     """The manifest of a finished output. Raises CheckpointError."""
     path = Path(folder) / NAME
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 20} MiB; that is no manifest")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_limited(path, MAX_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; was this directory written by qtool?") from None
+        why = error.strerror if isinstance(error, OSError) else printable(str(error))
+        raise CheckpointError(f"{path} cannot be read: {why}; was this directory written by qtool?") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path}: not a manifest of schema {SCHEMA}")
+        raise CheckpointError(f"{path}: not a manifest of schema {SCHEMA}; was this directory written by qtool?")
     data.pop(SEAL, None)
+    wrong = manifest_schema.complaint(data)
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong}; the manifest is damaged, fetch it again or make the output anew")
     return data
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Deterministic JSON, durable before it has its name."""
-    storage.write(path, _text(data).encode())
+    """Deterministic JSON, durable before it has its name.
+
+    NaN and Infinity, which configs may have (time_step_limit of Mamba 2), go over.
+    """
+    storage.write(path, _text(data, allow_nan=True).encode())
 
 
-def _text(data: Any) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def _text(data: Any, allow_nan: bool = False) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from qtool import digests, found, quality, records, repairs
 from qtool.checkpoint.reader import Checkpoint
 from qtool.container import Writer
-from qtool.errors import NumericalError, VerificationError
+from qtool.errors import CheckpointError, VerificationError
 from qtool.methods import rtn
 from qtool.plan import Plan
 from qtool.recipe import Scheme
@@ -37,7 +37,7 @@ def rounded(format_: ModuleType, linear: str, shape: tuple[int, int], scheme: Sc
     """A linear [N, K] fitted, rounded and packed some rows at a time, for formats with one tensor per linear.
 
     read: (start, stop) -> those rows.  dtype: the model's.  importance: float32 [K], else large weights count more.
-    Raises NumericalError.
+    Raises CheckpointError.
     """
     grid, name, (rows, columns) = found.load("grids", scheme.grid), f"{linear}.weight", shape
     step = max(1, CHUNK_ELEMENTS // columns)
@@ -46,8 +46,8 @@ def rounded(format_: ModuleType, linear: str, shape: tuple[int, int], scheme: Sc
         weight = read(start, stop).float()
         if not all_finite(weight):
             bad = int((~torch.isfinite(weight)).sum())
-            raise NumericalError(f"{name}: {bad} values in rows {start} to {stop} are NaN or infinite; the checkpoint "
-                                 "is damaged")
+            raise CheckpointError(f"{name}: {bad} values in rows {start} to {stop} are NaN or infinite; download the "
+                                  "file again")
         repairs.refuse_too_large(linear, weight, scheme, format_.scale_dtype(dtype))
         fitted = grid.fit(weight, scheme, format_.scale_dtype(dtype), importance, options.shrink_steps,
                           options.signed, options.rounds)

@@ -45,7 +45,7 @@ from qtool import (
     rotate,
     sensitivity,
 )
-from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.reader import Checkpoint, refuse_non_finite
 from qtool.decode import Source
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
@@ -55,7 +55,7 @@ from qtool.plan import Plan, with_schemes
 from qtool.rescale import rescale
 from qtool.stages import LinearPlan, Stage, one_scale, same_scheme
 from qtool.stream import Stream
-from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
+from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor
 from qtool.workspace import Workspace, refuse_existing
 
 EMPTY: Mapping[str, torch.Tensor] = {}
@@ -74,7 +74,7 @@ class Progress(Protocol):
 
 def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = False) -> dict[str, Any]:
     """Quantize; returns the manifest. Raises what the plan could not foresee; then OUT.partial/ can be continued."""
-    refuse_existing(plan.out)
+    refuse_existing(plan.out, checkpoint.directory)
     preflight.refuse(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
@@ -170,7 +170,7 @@ def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
     job, plan = jobs[0], jobs[0].plan
     index = stage.block or 0
     for name, weight in weights.items():
-        _refuse_non_finite(name, weight)
+        refuse_non_finite(job.checkpoint.origin, name, weight)
     block = blocks.load_block(plan.skeleton, index, weights.__getitem__, plan.device, plan.compute_dtype)
     notes, scalings = ({}, []) if stage.done else rescale(plan, stage, block, stream, weights)
     listed = outlier_notes(plan, stage, block, stream) if stage.todo else {}
@@ -293,7 +293,7 @@ def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dens
 def _copy(job: Job, name: str, weights: dict[str, torch.Tensor]) -> None:
     """A tensor that is not quantized goes over as it is (or in the recipe's dtype)."""
     tensor = weights[name] if name in weights else job.checkpoint.read(name)
-    _refuse_non_finite(name, tensor)
+    refuse_non_finite(job.checkpoint.origin, name, tensor)
     if job.plan.recipe.dtype != "auto" and tensor.dtype in FLOATING:
         original, tensor = tensor, tensor.to(job.plan.model_dtype)
         if not all_finite(tensor):
@@ -305,14 +305,8 @@ def _copy(job: Job, name: str, weights: dict[str, torch.Tensor]) -> None:
 def _weight(job: Job, linear: LinearPlan, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     name = linear.stored + ".weight"
     weight = weights.pop(name) if name in weights else job.checkpoint.read(name)
-    _refuse_non_finite(name, weight)
+    refuse_non_finite(job.checkpoint.origin, name, weight)
     return weight
-
-
-def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype in FLOATING and not all_finite(tensor):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NumericalError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged")
 
 
 def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any]:

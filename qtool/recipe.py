@@ -15,12 +15,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qtool import safe_yaml
-from qtool.errors import RecipeError
+from qtool.errors import RecipeError, printable
+from qtool.files import read_limited
 from qtool.mixtures import MIXTURES
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "recipes", HERE.parent / "recipes")  # an installed package; a source checkout
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1 << 17  # a parser in Python takes seconds for more
+MAX_DIGITS = 20
+MAX_COMPLAINTS = 8  # in one message
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[kKMGT])(?P<binary>i?)B")
 OUTLIER_THRESHOLD = 6.0  # LLM.int8()'s, and what bitsandbytes takes where nothing is said
 
@@ -132,6 +135,8 @@ class Budget(Strict):
         if found is None:
             raise ValueError("a size is a number with kB, MB, GB or TB (or KiB, MiB, GiB, TiB), such as 4.2GB")
         power = "KMGT".index(found["unit"].upper()) + 1
+        if len(found["number"]) > MAX_DIGITS:
+            raise ValueError(f"a size has at most {MAX_DIGITS} digits, such as 4.2GB")
         return int(float(found["number"]) * (1024 if found["binary"] else 1000) ** power)
 
     @model_validator(mode="after")
@@ -350,34 +355,40 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any, whole: str, where
 
 def _read(path: Path, what: str = "recipe file") -> str:
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"{path}: larger than 1 MiB; that is no {what}")
-        return path.read_text(encoding="utf-8")
+        return read_limited(path, MAX_RECIPE_BYTES).decode("utf-8")
     except FileNotFoundError:
         ready = f"; ready recipes: {', '.join(available())}" if what == "recipe file" else ""
         raise RecipeError(f"{what} {path} does not exist{ready}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{what} {path} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else f"it is no UTF-8 text ({error})"
+        raise RecipeError(f"{what} {path} cannot be read: {why}; give a YAML file") from None
 
 
 def _validate(data: dict[str, Any], where: str, text: str = "") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: " + "; ".join(_complaint(entry, text) for entry in error.errors())) from None
+        found = error.errors()
+        more = f"; and {len(found) - MAX_COMPLAINTS} more" if len(found) > MAX_COMPLAINTS else ""
+        complaints = [_complaint(entry, text) for entry in found[:MAX_COMPLAINTS]]
+        raise RecipeError(f"{where}: {'; '.join(complaints)}{more}") from None
 
 
 def _complaint(entry: Any, text: str) -> str:
     path = [str(part) for part in entry["loc"] if part not in ("int", "literal['auto']")]
     key = ".".join(path)
-    line = next((f" (line {number})" for number, content in enumerate(text.splitlines(), 1)
-                 if path and content.strip().lstrip("- ").startswith(path[-1] + ":")), "")
+    line = f" (line {safe_yaml.line_of(text, entry['loc'])})" if text else ""
     if entry["type"] == "extra_forbidden":
         parts: dict[str, type[BaseModel]] = {"scheme": Scheme, "rules": Rule, "calibration": Calibration,
                                              "budget": Budget, "outputs": Output}
         model = parts.get(path[0] if len(path) > 1 else "", Recipe)
-        return f"unknown key '{key}'{line}{_nearest(path[-1], model.model_fields)}"
-    return f"{key}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {entry['input']!r})"
+        return f"unknown key '{printable(key)}'{line}{_nearest(path[-1], model.model_fields)}"
+    return f"{printable(key)}{line}: {entry['msg'].removeprefix('Value error, ')} (given: {shown(entry['input'])})"
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: one line, not endless."""
+    return printable(repr(value), 120)
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -1,7 +1,7 @@
 """The directory OUT.partial/ in which a run works: a lock, a journal of finished stages, and the rename at the end.
 
-The journal has one JSON object per line: first the run's identity, then one line per finished stage. A line is
-written only after everything that it speaks of is on the disk, so a kill loses at most the stage under way.
+The journal (journal.py) has first the run's identity, then one line per finished stage. A line is written only after
+everything that it speaks of is on the disk, so a kill loses at most the stage under way.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qtool import lock, manifest, storage
-from qtool.errors import CheckpointError, OutputError, StorageError
+from qtool import journal, lock, manifest, storage
+from qtool.errors import CheckpointError, OutputError, StorageError, printable
 
-JOURNAL = "journal.jsonl"
 LOCK = "lock"
-SCRATCH = (JOURNAL, LOCK)
+SCRATCH = (journal.NAME, LOCK)
 
 
 class Workspace:
@@ -45,6 +44,7 @@ class Workspace:
         with contextlib.ExitStack() as held:
             try:
                 self._refuse_lost = held.enter_context(lock.hold(self.folder / LOCK))
+                self._refuse_foreign()
                 if self.restart:
                     self._clear()
                 self._read_journal()
@@ -88,33 +88,35 @@ class Workspace:
         storage.sync_folder(self.out.parent)
         shutil.rmtree(self.folder)
 
+    def _refuse_foreign(self) -> None:
+        """A folder that only has the name of an unfinished run may hold what nobody wants to lose."""
+        foreign = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
+        if foreign and not {journal.NAME, manifest.NAME} & {*foreign}:
+            raise OutputError(f"{self.folder} holds {printable(foreign[0])} and no journal, so it is no unfinished run "
+                              "of qtool; move it away, or choose another --out")
+
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
+        """Empty the folder; the journal, which says whose it is, goes last."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == journal.NAME):
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _read_journal(self) -> None:
-        path = self.folder / JOURNAL
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        whole = lines[:-1]  # a last line without its newline was cut off by a kill
-        try:
-            entries = [json.loads(line) for line in whole]
-        except ValueError:
-            raise OutputError(f"{path} is damaged; --restart discards the unfinished run") from None
+        path = self.folder / journal.NAME
+        entries, whole = journal.read(path)
         if not entries:
             self._clear()
             self._append({"identity": self.identity})
             return
-        if len(lines[-1]):
-            with path.open("r+b") as file:
-                file.truncate(sum(len(line) + 1 for line in whole))
-        manifest.refuse_other_run(entries[0].get("identity"), json.loads(json.dumps(self.identity)), self.folder)
+        if path.stat().st_size > whole:  # a last line without its newline was cut off by a kill
+            os.truncate(path, whole)
+        manifest.refuse_other_run(entries[0]["identity"], json.loads(json.dumps(self.identity)), self.folder)
         self.finished = {entry.pop("stage"): entry for entry in entries[1:]}
 
     def _append(self, entry: dict[str, Any]) -> None:
         try:
-            with (self.folder / JOURNAL).open("ab") as file:
-                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            with (self.folder / journal.NAME).open("ab") as file:
+                file.write(journal.line(entry))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -136,8 +138,8 @@ def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[
         return ("other", [*changed, *lost]) if changed or lost else ("finished", [])
     try:
         before = unfinished(out)
-    except (OSError, ValueError) as error:
-        return "unfinished", [f"{_journal(out)}: {error}"]
+    except OutputError as error:
+        return "unfinished", [str(error)]
     if before is None:
         return "absent", []
     return "unfinished", manifest.differences(before, json.loads(json.dumps(identity()))) if before else []
@@ -146,26 +148,28 @@ def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[
 def unfinished(out: Path) -> dict[str, Any] | None:
     """The identity of the unfinished run of an output ({}: it has none yet); None where there is no such run.
 
-    Raises OSError, ValueError for a journal that cannot be read."""
-    journal = _journal(out)
-    if not journal.is_file():
-        return None
-    with journal.open("rb") as file:
-        return dict(json.loads(file.readline() or b"{}").get("identity") or {})
+    Raises OutputError for a journal that cannot be read."""
+    path = out.with_name(out.name + ".partial") / journal.NAME
+    return journal.identity(path) or {} if path.is_file() else None
 
 
-def _journal(out: Path) -> Path:
-    return out.with_name(out.name + ".partial") / JOURNAL
+def refuse_inside(out: Path, source: Path) -> None:
+    """Raise OutputError for an output in the folder that is read, and for one whose work would empty that folder."""
+    inside, place, partial = (Path(os.path.realpath(path)) for path in (source, out, f"{out}.partial"))
+    if place.is_relative_to(inside) or inside.is_relative_to(partial):
+        raise OutputError(f"{out} is {source} or lies in it, and that is what is read; choose another --out")
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise OutputError when the output's place is taken, or can have no such name."""
+def refuse_existing(out: Path, source: Path | None = None) -> None:
+    """Raise OutputError when the output's place is taken, can have no such name, or is in the folder `source`."""
     try:
         os.lstat(out.with_name(f".{out.name}.before-redo"))  # the longest name that anything beside an output has
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise storage.unusable(error, out, "cannot be made", "--out") from None
+    if source is not None:
+        refuse_inside(out, source)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a directory; choose another --out")
     if out.is_dir() and any(out.iterdir()):

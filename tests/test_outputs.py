@@ -174,7 +174,7 @@ def test_what_one_stream_cannot_serve(text: str, message: str, model: Path) -> N
 
 @pytest.mark.parametrize(("text", "message"), [
     ("outputs: [{name: a}, {name: a}]", "two of the outputs have one name: a, a"),
-    ("outputs: [{name: ../a}]", "outputs.0.name: .*pattern"),
+    ("outputs: [{name: ../a}]", "outputs.0.name.*: .*pattern"),
     ("propagate: original", "propagate is for a recipe with outputs"),
     ("outputs: [{name: a, scheem: {}}]", "unknown key 'outputs.0.scheem'.* did you mean 'scheme'"),
     ("outputs: [{name: a}]\nbudget: 3.5", "a budget and kv_cache are for runs with one output"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool import decode, evaluate, inspect, manifest, pipeline, recipe
 from qtool.checkpoint import open_checkpoint
-from qtool.errors import NumericalError, OutputError, PlanError
+from qtool.errors import CheckpointError, OutputError, PlanError
 from qtool.plan import make_plan
 from tests import tiny
 
@@ -279,7 +279,7 @@ def test_nan_in_a_weight_is_named(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     for method in ("gptq", "rtn"):
-        with pytest.raises(NumericalError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 8192 values"):
+        with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 8192 values"):
             quantize(model, tmp_path / f"out-{method}", method)
         assert not (tmp_path / f"out-{method}").exists()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import torch
 
-from qtool.checkpoint.reader import Checkpoint, open_directory
-from qtool.errors import CheckpointError
+from qtool.checkpoint.reader import WHY_NO_PICKLE, Checkpoint, is_pickle, open_directory
+from qtool.errors import CheckpointError, printable
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
+MAX_NAME = 4000  # characters; Linux takes paths of 4096 bytes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -22,7 +24,9 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
     work_dir: where config and tokenizer of a GGUF file are unpacked; None is a temporary folder.  gguf_dtype: what
     its tensors are read as; float32 holds what its blocks say (a dtype in which such models are kept).
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - of Path it raises where there is no such user
+    if len(model) > MAX_NAME:
+        raise CheckpointError(f"{printable(model)}: too long to be a path or a Hub id")
     if path.is_dir() or path.is_file():
         if revision is not None:
             raise CheckpointError(f"{model}: a revision ({revision}) goes with a Hub id; this is a path, leave it out")
@@ -34,8 +38,13 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
             from qtool.checkpoint.gguf_file import open_gguf  # needs transformers
 
             return open_gguf(path, work_dir, gguf_dtype)
+        if is_pickle(path.name):
+            raise CheckpointError(f"{model}: holds pickled weights, and {WHY_NO_PICKLE}")
         raise CheckpointError(f"{model}: is a file, but not a .gguf file; for safetensors give the folder that holds "
                               "it and config.json")
+    if path.is_symlink() or path.exists():
+        what = "a link that leads nowhere" if path.is_symlink() else "neither a file nor a folder"
+        raise CheckpointError(f"{model}: is {what}; give the folder of a model, a .gguf file or a Hub id")
     repository, at, tag = model.partition("@")
     if model.endswith(".gguf") or not HUB_ID.fullmatch(repository) or (at and not tag):
         raise CheckpointError(f"{model}: no such file or folder, and not a Hub id (org/name or org/name@revision)")

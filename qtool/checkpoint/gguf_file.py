@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from qtool.checkpoint.explained import Explained
 from qtool.checkpoint.gguf_config import REMEDY, count
 from qtool.checkpoint.gguf_config import values as config_values
 from qtool.checkpoint.gguf_families import ARCHITECTURES, ROTARY, SPACE, Family, Part, map_tensors, stored_as
 from qtool.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from qtool.checkpoint.header import AGAIN, printable, read_json
+from qtool.checkpoint.header import AGAIN, read_json
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import read_into, sha256_files
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, printable
+from qtool.explained import Explained
 from qtool.tensors import TensorSpec
 
 DENSE = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)

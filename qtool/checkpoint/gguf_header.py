@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from qtool.checkpoint.header import AGAIN, printable
-from qtool.errors import CheckpointError
+from qtool.checkpoint.header import AGAIN
+from qtool.errors import CheckpointError, printable
+from qtool.files import open_regular
 
 MAX_METADATA_BYTES = 256 << 20
 MAX_ITEMS = 8_000_000  # array items of all keys together; the largest vocabularies have 0.3 million tokens
@@ -57,7 +58,7 @@ class GgufHeader:
 def read_gguf_header(path: Path) -> GgufHeader:
     """Raises CheckpointError naming the file and the key or tensor."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             cursor = _Cursor(file, os.fstat(file.fileno()).st_size, str(path))
             return _parse(cursor)
     except OSError as error:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.explained import Explained
 from qtool.errors import PlanError
+from qtool.explained import Explained
 
 # The text of llama.cpp's converter
 TEXT = (

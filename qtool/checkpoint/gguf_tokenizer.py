@@ -12,11 +12,11 @@ import gguf
 from gguf import GGUFWriter, TokenType
 
 from qtool.checkpoint import gguf_pre
-from qtool.checkpoint.explained import Explained
 from qtool.checkpoint.gguf_families import SPACE
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.header import read_json
 from qtool.errors import PlanError
+from qtool.explained import Explained
 
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # as in llama.cpp's converter
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, printable
+from qtool.files import open_regular, read_limited
 from qtool.tensors import DTYPE_NAMES, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
@@ -31,7 +32,7 @@ def read_header(path: Path) -> Placed:
     Raises CheckpointError naming the file and the tensor.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = header_length(file.read(8), size, str(path))
             text = file.read(length)
@@ -131,13 +132,16 @@ def _naturals(value: Any) -> bool:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
+        text = read_limited(path, limit)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(text) > limit:
-        raise CheckpointError(f"{path}: larger than {limit >> 20} MiB; this is not the file that its name says")
-    return parse_json(text, str(path))
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {AGAIN}") from None
+    value = parse_json(text, str(path))
+    try:
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: holds half of a character (a surrogate such as \\ud800); {AGAIN}") from None
+    return value
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
@@ -159,9 +163,3 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: not a JSON object, but a {type(value).__name__}; {AGAIN}")
     return value
-
-
-def printable(name: str, limit: int = 200) -> str:
-    """The name as a message may show it: no control characters, no lone surrogates, not endless."""
-    shown = "".join(char if char.isprintable() else "?" for char in name[:limit])
-    return shown if len(name) <= limit else shown + "..."

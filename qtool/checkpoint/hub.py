@@ -18,7 +18,7 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors
 
-from qtool.checkpoint.header import Placed, check_entries, printable, read_header, read_json
+from qtool.checkpoint.header import Placed, check_entries, read_header, read_json
 from qtool.checkpoint.reader import (
     INDEX,
     MAX_COMPANION_BYTES,
@@ -33,7 +33,7 @@ from qtool.checkpoint.reader import (
     shard_names,
 )
 from qtool.checkpoint.tensor_io import sha256_file
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, printable
 
 MALFORMED = (errors.SafetensorsParsingError, errors.NotASafetensorsRepoError, TypeError, AttributeError, ValueError,
              KeyError, RecursionError)

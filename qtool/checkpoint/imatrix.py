@@ -18,9 +18,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from qtool import storage
 from qtool.checkpoint.gguf_families import gguf_name, written_as
 from qtool.checkpoint.gguf_header import MAX_NAME, GgufTensor, read_gguf_header
-from qtool.checkpoint.header import AGAIN, printable
+from qtool.checkpoint.header import AGAIN
 from qtool.checkpoint.tensor_io import read_tensor
-from qtool.errors import CheckpointError, PlanError
+from qtool.errors import CheckpointError, PlanError, printable
+from qtool.files import open_regular
 from qtool.tensors import TensorSpec, all_finite
 
 Entries = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -35,7 +36,7 @@ def read_imatrix(path: Path) -> Entries:
     large, because it does not tell. Raises CheckpointError.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _gguf(path, file) if file.read(4) == b"GGUF" else _legacy(path, file)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

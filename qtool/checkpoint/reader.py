@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from qtool.checkpoint.header import Placed, printable, read_header, read_json
+from qtool.checkpoint.header import Placed, read_header, read_json
 from qtool.checkpoint.tensor_io import read_tensor, sha256_files
-from qtool.errors import CheckpointError
-from qtool.tensors import TensorSpec
+from qtool.errors import CheckpointError, printable
+from qtool.tensors import FLOATING, TensorSpec, all_finite
 
 INDEX = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -29,7 +29,10 @@ COMPANIONS = (
 NO_COMPANION = ("*.py", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 MAX_COMPANION_BYTES = 256 << 20
 NOT_THE_MODEL = ("adapter_model*", "consolidated*", "optimizer*")  # safetensors files beside the model's own
-PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin", "*.pkl", "*.pickle")
+WHY_NO_PICKLE = ("unpickling can run any code that someone put into the file; use a safetensors version of this model, "
+                 "or convert it where you trust it, with transformers: "
+                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)")
 
 
 @dataclass
@@ -91,6 +94,15 @@ class Checkpoint:
         return self.specs[name]
 
 
+def refuse_non_finite(origin: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself. Raises CheckpointError where a value of it is NaN or infinite."""
+    if tensor.dtype in FLOATING and not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{origin}: {name}: {bad} of {tensor.numel()} values are NaN or infinite; download the "
+                              "file again")
+    return tensor
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where the bytes of one tensor lie: a file name and the absolute offset in that file."""
@@ -102,10 +114,13 @@ class Stored:
 
 def open_directory(directory: Path) -> Checkpoint:
     """A directory of safetensors files, with or without index. Reads every header; raises CheckpointError."""
-    config = read_config(directory)
     present = sorted(path.name for path in files_in(directory))
+    refuse_links_outside(directory, [name for name in present if name in ("config.json", INDEX)])
+    config = read_config(directory)
     index = read_json(directory / INDEX) if INDEX in present else None
     files = shard_names(present, index, str(directory))
+    refuse_links_outside(directory, [*files, *companion_names(present)])
+    stamps = {name: _stamp(directory / name) for name in files}
     headers = {name: read_header(directory / name) for name in files}
     stored = place(headers, index, str(directory))
     refuse_unlisted(present, files, index, lambda name: read_header(directory / name), str(directory))
@@ -113,7 +128,7 @@ def open_directory(directory: Path) -> Checkpoint:
     return Checkpoint(
         origin=str(directory), name=short_name(directory), kind="safetensors", config=config, directory=directory,
         specs={name: place.spec for name, place in stored.items()},
-        fetch=fetcher(stored, {name: _stamp(directory / name) for name in files}, lambda name: directory / name),
+        fetch=fetcher(stored, stamps, lambda name: directory / name),
         hash_files=lambda: sha256_files(hashed),
     )
 
@@ -125,6 +140,20 @@ def files_in(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from None
 
 
+def refuse_links_outside(directory: Path, names: Iterable[str]) -> None:
+    """A file of a checkpoint may be a link within its directory, or into the blobs of the Hugging Face cache.
+
+    Others could bring any file of this machine into the output, and from there to the Hub. Raises CheckpointError.
+    """
+    inside = directory.resolve()
+    for name in names:
+        target = (directory / name).resolve()
+        cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not cached and not target.is_relative_to(inside):
+            raise CheckpointError(f"{directory / printable(name)}: is a link that leads out of this directory, to "
+                                  f"{printable(str(target))}; put the file itself there (cp -L) if you want it")
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dict. Raises CheckpointError."""
     path = directory / "config.json"
@@ -132,6 +161,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: there is no config.json; give the folder that holds config.json and the "
                               ".safetensors files, a .gguf file, or a Hub id such as org/name")
     return read_json(path, MAX_CONFIG_BYTES)
+
+
+def is_pickle(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PICKLES)
 
 
 def companion_names(names: Iterable[str]) -> list[str]:
@@ -240,7 +273,10 @@ def short_name(directory: Path) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    return _stamp_of(path.stat())
+    try:
+        return _stamp_of(path.stat())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; download the file again") from None
 
 
 def _stamp_of(status: os.stat_result) -> tuple[int, int]:
@@ -259,11 +295,9 @@ def _refuse_incomplete_series(names: list[str], where: str) -> None:
 
 
 def _why_no_weights(present: list[str]) -> str:
-    pickles = [name for name in present if any(fnmatch.fnmatchcase(name, pattern) for pattern in PICKLES)]
+    pickles = [name for name in present if is_pickle(name)]
     if pickles:
-        return (f"only holds pickled weights ({pickles[0]}), and unpickling can run any code that someone put into the "
-                "file; use a safetensors version of this model, or convert it where you trust it, with transformers: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)")
+        return f"only holds pickled weights ({pickles[0]}), and {WHY_NO_PICKLE}"
     if any(name.startswith("adapter_model") for name in present):
         return ("holds a LoRA adapter, not a model; merge it first, with peft: model.merge_and_unload(), then "
                 "save_pretrained(folder)")

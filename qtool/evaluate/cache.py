@@ -24,6 +24,7 @@ import qtool
 from qtool import ops
 from qtool.decode import Source
 from qtool.evaluate.predictions import Exits, Setting
+from qtool.files import open_regular
 from qtool.models.streams import StreamStore
 from qtool.tensors import NAMES_OF_DTYPES
 
@@ -91,7 +92,7 @@ def save(path: Path, name: str, exits: Exits) -> None:
 def load(path: Path, name: str, empty: Callable[[], StreamStore]) -> Exits | None:
     """What `save` wrote for key `name`; None where there is no such file, or it is not whole."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")
             told = json.loads(file.read(size)) if size < 1 << 16 else {}
             about = told.get("__metadata__", {})
@@ -106,7 +107,7 @@ def load(path: Path, name: str, empty: Callable[[], StreamStore]) -> Exits | Non
                 file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
                 store.write(slice(window, window + 1), tensor)
                 seen.update(_row(store, window))
-    except (OSError, ValueError, AttributeError):  # not there, or no such file
+    except (OSError, ValueError, AttributeError, RecursionError):  # not there, or no such file
         return None
     return Exits(store, as_tuple) if seen.hexdigest() == about["sha256"] else None
 

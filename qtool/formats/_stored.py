@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from qtool.errors import CheckpointError, NumericalError
-from qtool.recipe import Scheme
+from qtool.recipe import Scheme, shown
 from qtool.tensors import QuantizedTensor, TensorSpec, group_count
 
 Read = Callable[[str], torch.Tensor]  # raises KeyError for a tensor that is not there
@@ -114,8 +114,9 @@ def scheme_of(linear_name: str, bits: Any, group_size: Any, symmetric: Any) -> S
         return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
     except ValidationError as error:
         reason = "; ".join(entry["msg"] for entry in error.errors())
-        raise CheckpointError(f"{linear_name}: quantization_config asks for bits={bits!r}, group_size={group_size!r}, "
-                              f"symmetric={symmetric!r}, which is not understood: {reason}") from None
+        raise CheckpointError(f"{linear_name}: quantization_config asks for bits={shown(bits)}, "
+                              f"group_size={shown(group_size)}, symmetric={shown(symmetric)}, which is not understood: "
+                              f"{reason}") from None
 
 
 def refuse(name: str, scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | None:

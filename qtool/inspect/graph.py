@@ -23,7 +23,7 @@ from qtool.independent.onnx import matmul_nbits
 from qtool.inspect import graph_config
 from qtool.inspect.files import SCHEMA, Step, dtype_name, no_steps
 from qtool.inspect.layers import FIRST
-from qtool.inspect.summary import made_by, schemes_of
+from qtool.inspect.summary import architecture, made_by, schemes_of
 from qtool.onnx_graph import genai
 from qtool.onnx_graph.builder import library
 from qtool.onnx_graph.weights import Blocks, unpack
@@ -91,7 +91,10 @@ class Graph:
 def is_graph(path: str) -> bool:
     """Whether a directory holds an ONNX decoder and no checkpoint."""
     folder = Path(path)
-    return (folder / genai.MODEL_FILE).is_file() and not any(folder.glob("*.safetensors"))
+    try:
+        return (folder / genai.MODEL_FILE).is_file() and not any(folder.glob("*.safetensors"))
+    except OSError:  # no path that this system can look at; opening it says so
+        return False
 
 
 def open_graph(path: str) -> Graph:
@@ -146,7 +149,7 @@ def summary(graph: Graph) -> dict[str, Any]:
     count = sum(row["bytes"] for row in rows)
     return {
         "schema": SCHEMA, "path": str(graph.folder), "kind": "onnx",
-        "architecture": (config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        "architecture": architecture(config),
         "format": "onnx", "dtype": _computed(graph), "blocks": config.get("num_hidden_layers"),
         "parameters": parameters, "weight_bytes": stored,
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),

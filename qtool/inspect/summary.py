@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from qtool import footprint, manifest
@@ -20,7 +21,7 @@ def summary(source: Source) -> dict[str, Any]:
     kind_and_error = manifest.errors(rows)
     return {
         "schema": SCHEMA, "path": source.origin, "kind": source.kind,
-        "architecture": (source.config.get("architectures") or [source.config.get("model_type", "unknown")])[0],
+        "architecture": architecture(source.config),
         "format": stored_name(source), "dtype": dtype_name(source.dtype),
         "blocks": source.config.get("num_hidden_layers"), "parameters": parameters, "weight_bytes": stored,
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
@@ -30,6 +31,12 @@ def summary(source: Source) -> dict[str, Any]:
         "allocation": {key: value for key, value in ((record or {}).get("allocation") or {}).items()
                        if key != "linears"} or None,
     }
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The first of config.json's architectures, else its model type."""
+    named = config.get("architectures")
+    return str(named[0] if isinstance(named, list) and named else config.get("model_type", "unknown"))
 
 
 def schemes_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from qtool.recipe import Calibration
 
 FILE = re.compile(r"(?P<path>.+\.(?P<kind>txt|jsonl|parquet))(?::(?P<field>[^:/]+))?", re.IGNORECASE)
 DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:]*){0,3}")
+SURROGATE = re.compile("[\ud800-\udfff]")
 CHARACTERS_PER_TOKEN = 6  # a first guess of how much text is needed; doubled until it is enough
 TOKENIZING = 400  # bytes for a character of text; the tokenizers library ends the process without them
 TAIL = 64  # tokens at the end of a cut text that may come out differently when the text goes on
@@ -48,10 +49,11 @@ def load_tokens(spec: Calibration, directory: Path, samples: int, vocabulary: in
     needed = samples * (length - len(begin))
     tokens = _tokenize(text_tokenizer, _pieces(spec.source, text_tokenizer), needed)
     if len(tokens) < needed:
+        enough = len(tokens) // (length - len(begin))
+        fewer = f", calibration.samples <= {enough}," if enough else ""
         raise CalibrationError(
             f"calibration source '{spec.source}' gives {len(tokens)} tokens, but {samples} samples of {length} need "
-            f"{needed}; use more text, calibration.samples <= {len(tokens) // (length - len(begin))}, or a smaller "
-            "calibration.sequence_length")
+            f"{needed}; use more text{fewer} or a smaller calibration.sequence_length")
     ids = torch.tensor(tokens[:needed], dtype=torch.int64).view(samples, -1)
     if begin:
         ids = torch.cat([torch.full((samples, 1), begin[0]), ids], dim=1)
@@ -101,7 +103,8 @@ def _pieces(source: str, text_tokenizer: Any) -> Iterator[str]:
         return _dataset(source, text_tokenizer)
     path = Path(found["path"])
     if not path.is_file():
-        raise CalibrationError(f"calibration file {path} does not exist")
+        why = "is no regular file" if path.exists() else "does not exist"
+        raise CalibrationError(f"calibration file {path} {why}; give a text file, or builtin")
     kind = found["kind"].lower()
     if kind == "txt":
         if field := found["field"]:
@@ -116,10 +119,10 @@ def _text_file(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(1 << 20):
                 if "\0" in piece:
-                    raise CalibrationError(f"calibration file {path} holds binary data, not text")
+                    raise CalibrationError(f"calibration file {path} holds binary data, not text; give UTF-8 text")
                 yield piece
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"calibration file {path} is no UTF-8 text: {error}") from None
+        raise CalibrationError(f"calibration file {path} is no UTF-8 text ({error}); save it as UTF-8") from None
     except OSError as error:
         raise CalibrationError(f"calibration file {path} cannot be read: {error}") from None
 
@@ -132,8 +135,8 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 number += 1
                 if line.strip():
                     yield json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CalibrationError(f"calibration file {path}: line {number} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and integers of more than 4300 digits
+        raise CalibrationError(f"calibration file {path}: line {number} is no JSON: {error}; mend it") from None
     except OSError as error:
         raise CalibrationError(f"calibration file {path} cannot be read: {error}") from None
 
@@ -190,6 +193,9 @@ def _fields(records: Iterable[dict[str, Any]], field: str | None, where: str, te
             value = _chat(value, f"{where}: record {number}", text_tokenizer)
         if not isinstance(value, str):
             raise CalibrationError(f"{where}: field '{chosen}' of record {number} is {type(value).__name__}, not text")
+        if not value.isascii() and SURROGATE.search(value):
+            raise CalibrationError(f"{where}: record {number} holds half of a character (a surrogate such as \\ud800); "
+                                   "mend it")
         yield value + "\n\n"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qtool import heap
 from qtool.errors import CalibrationError
+from qtool.explained import Explained
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -21,13 +21,10 @@ def load(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not present(directory):
-        raise CalibrationError(f"{directory}: no tokenizer found ({', '.join(FILES[:3])} ...); calibration needs one")
-    try:
+        raise CalibrationError(f"{directory}: no tokenizer found ({', '.join(FILES[:3])} ...); copy the model's "
+                               "tokenizer files there, calibration needs them")
+    with Explained(directory, "the tokenizer cannot be loaded", "download its tokenizer files again", CalibrationError):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        heap.raise_exhausted(error)
-        raise CalibrationError(f"{directory}: the tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") \
-            from None
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

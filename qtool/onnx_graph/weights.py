@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from qtool import found
+from qtool.checkpoint.reader import refuse_non_finite
 from qtool.decode import Source
 from qtool.errors import CheckpointError, InputError
 from qtool.recipe import Scheme
@@ -172,7 +173,7 @@ def plain(source: Source, tensor: str, name: str, transposed: bool = False) -> P
 def vector(source: Source, tensor: str, name: str, dtype: torch.dtype, offset: float = 0.0) -> Part:
     """A bias, or the weight of a norm, plus offset."""
     spec = TensorSpec(name, dtype, source.specs[tensor].shape)
-    return Part(tensor, (spec,), lambda: ((source.read(tensor).float() + offset).to(dtype).contiguous(),))
+    return Part(tensor, (spec,), lambda: ((_read(source, tensor).float() + offset).to(dtype).contiguous(),))
 
 
 def kept_dtype(source: Source, tensor: str) -> torch.dtype:
@@ -185,7 +186,7 @@ def read_dense(source: Source, tensor: str) -> torch.Tensor:
     """As stored; a quantized tensor in float32, not rounded to the dtype of the model."""
     linear = tensor.removesuffix(".weight")
     if linear == tensor or linear not in source.schemes:
-        return source.read(tensor)
+        return _read(source, tensor)
     decode: Any = found.load("grids", source.schemes[linear].grid).decode
     return decode(source.read_quantized(linear))
 
@@ -197,3 +198,7 @@ def _columns(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 def _block_size(columns: int) -> int | None:
     return next((size for size in BLOCK_SIZES if columns % size == 0), None)
+
+
+def _read(source: Source, name: str) -> torch.Tensor:
+    return refuse_non_finite(source.origin, name, source.read(name))

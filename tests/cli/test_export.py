@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool import decode, export, manifest
+from qtool import decode, export, journal, manifest
 from tests import tiny
 from tests.cli.conftest import SMALL, Run
 
@@ -108,7 +108,7 @@ def test_a_target_that_cannot_hold_the_scheme(run: Run, model: Path, tmp_path: P
 def test_an_unfinished_run_is_not_overwritten(run: Run, gptq: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "journal.jsonl").write_text(json.dumps({"identity": {"recipe": 1}}) + "\n")
+    (partial / "journal.jsonl").write_text(journal.line({"identity": {"recipe": 1}}).decode())
     status, _, err = run("export", gptq, "--to", "gptq", "--out", tmp_path / "out")
     assert status == 2 and "unfinished run of something else" in err
 
