@@ -18,17 +18,22 @@ A message says what was wrong, where (file, tensor, key, line), and what to do a
 
 from __future__ import annotations
 
+import re
+
+ENDLESS = re.compile(r"(\S{1000})\S+")  # a value of a file in a message; paths are shorter
+
 
 class QtoolError(Exception):
     """Base of all deliberate errors; `exit_status` is what the command line returns.
 
-    Names in a message come from files: what a terminal would obey is ? in it.
+    Names in a message come from files: what a terminal would obey is ? in it, and no word is endless.
     """
 
     exit_status = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(char if char.isprintable() or char == "\n" else "?" for char in message))
+        shown = "".join(char if char.isprintable() or char == "\n" else "?" for char in message)
+        super().__init__(ENDLESS.sub(r"\1...", shown))
 
 
 class InputError(QtoolError):

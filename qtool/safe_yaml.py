@@ -26,10 +26,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*name) are not allowed, line {event.start_mark.line + 1}")
+            raise yaml.YAMLError(f"aliases (*name) are not allowed, line {line}")
         if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(f"tags ({event.tag}) are not allowed, line {event.start_mark.line + 1}")
+            raise yaml.YAMLError(f"tags ({event.tag}) are not allowed, line {line}")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

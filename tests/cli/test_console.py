@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from qtool import console, units
+from qtool import console, report, units
 from qtool.recipe import scheme_label
 
 
@@ -101,3 +101,15 @@ def test_quiet_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         step(1, 2, "c")
         console.note("d", quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_control_characters_of_names_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = "a\x1b[31mred\x1b]0;title\x07\r\u202e\x9b2J"
+    console.error(bad)
+    console.note(bad)
+    console.show(report.facts(bad, [(bad, bad)]))
+    console.show_text(bad + "\tb\n")
+    console.show_csv([{"name": bad}], ["name"])
+    captured = capsys.readouterr()
+    assert not console.CONTROL.search(captured.out + captured.err) and "?[31mred" in captured.out
+    assert captured.out.count("\tb\n") == 1
