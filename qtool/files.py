@@ -24,7 +24,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 def read_limited(path: Path, limit: int) -> bytes:
     """The whole of a regular file. Raises OSError, also for one of more than `limit` bytes, before it is read whole."""
     with open_regular(path) as file:
-        content = file.read(limit + 1)
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # Python takes memory for all it may read
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit >> 10:,} KiB", str(path))
     return content

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from qtool import console, found, html_report, inspect
-from qtool.checkpoint.explained import Explained
 from qtool.checkpoint.header import AGAIN
 from qtool.decode import Source
 from qtool.errors import (
@@ -21,6 +20,7 @@ from qtool.errors import (
     QtoolError,
     VerificationError,
 )
+from qtool.explained import Explained
 
 WINDOWS, CONTEXT = 4, 256  # of built-in text that never calibrates
 LEAST_LIMIT = 1.0  # nats

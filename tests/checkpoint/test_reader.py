@@ -369,3 +369,19 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_header(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
         read_header(tmp_path)
+
+
+def test_a_limit_takes_no_memory(tmp_path: Path) -> None:
+    """Python takes memory for as many bytes as it may read before it reads any."""
+    import tracemalloc
+
+    from qtool.files import read_limited
+
+    (tmp_path / "small").write_bytes(b"x" * 100)
+    tracemalloc.start()
+    assert read_limited(tmp_path / "small", 1 << 30) == b"x" * 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    with pytest.raises(OSError, match="larger than 0 KiB"):
+        read_limited(tmp_path / "small", 99)
