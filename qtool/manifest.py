@@ -96,6 +96,7 @@ def load(folder: Path) -> dict[str, Any]:
     path = Path(folder) / NAME
     try:
         data = json.loads(read_limited(path, MAX_BYTES).decode("utf-8"))
+        _text(data).encode()  # NaN, infinity and halves of characters, which no one writes
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else printable(str(error))
         raise CheckpointError(f"{path} cannot be read: {why}; was this directory written by qtool?") from None
