@@ -55,7 +55,7 @@ from qtool.plan import Plan, with_schemes
 from qtool.rescale import rescale
 from qtool.stages import LinearPlan, Stage, one_scale, same_scheme
 from qtool.stream import Stream
-from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor
+from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
 from qtool.workspace import Workspace, refuse_existing
 
 EMPTY: Mapping[str, torch.Tensor] = {}
