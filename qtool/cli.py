@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,6 +26,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turns Hugging Face checkpoints into quantized ones, block by block, on machines far smaller than the model.",
 )
+
+GOES_ON = {
+    "quantize": "; finished blocks are kept, the same command goes on from there",
+    "jobs": "; finished blocks are kept, the same command goes on from there",
+    "export": "; what was written is kept, the same command goes on from there",
+    "eval": "; the same command starts again, with what the cache has of the original",
+}
+_stopped_by: list[int] = []  # the signal that ends this process
+
 
 class Stopped(BaseException):
     """Ctrl-C or SIGTERM; no Exception, so that nothing on the way mistakes it for a failure."""
@@ -129,7 +140,8 @@ def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = N
            type: o.GgufType = None, imatrix: o.Imatrix = None, accuracy_level: o.AccuracyLevel = None,
            dtype: o.GraphDtype = None, calibration: o.ExportText = None, samples: o.ExportSamples = None,
            sequence_length: o.ExportLength = None, device: o.ExportDevice = None, push_to: o.PushTo = None,
-           private: o.Private = False, json: o.Json = False, quiet: o.Quiet = False) -> None:
+           private: o.Private = False, restart: o.Restart = False, json: o.Json = False,
+           quiet: o.Quiet = False) -> None:
     """Write a checkpoint in another format, a quantized one with the same codes and scales; or upload it.
 
     Also what a model's inputs look like (--to imatrix).
@@ -147,7 +159,7 @@ def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = N
         from qtool import exports
 
         wanted = exports.Wanted(to, out, requantize, type, imatrix, accuracy_level, dtype, calibration, samples,
-                                sequence_length, device)
+                                sequence_length, device, restart)
         result = exports.exported(path, wanted, json or quiet)
     if push_to is not None:
         result["pushed"] = push.push(Path(result["out"]), push_to, private, json or quiet)
@@ -189,11 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _stoppable():
             app(given, prog_name="qtool")
     except Stopped as stop:
-        kept = given[:1] in (["quantize"], ["jobs"])
-        goes_on = "; finished blocks are kept, the same command goes on from there" if kept else ""
-        console.error(f"stopped by {signal.Signals(stop.number).name}{goes_on}", "stopped")
-        sys.exit(128 + stop.number)
+        _leave(stop.number, given)
     except Exception as error:
+        if _stopped_by:  # what an import made of it
+            _leave(_stopped_by[0], given)
         if told:
             traceback.print_exc()
         sys.exit(_explained(error, told))
@@ -213,18 +224,35 @@ def _explained(error: Exception, told: bool) -> int:
     return 1
 
 
+def _leave(number: int, given: Sequence[str]) -> NoReturn:
+    """Say how to go on after a signal, and end; threads are not waited for, one may be in the middle of a download."""
+    goes_on = GOES_ON.get(given[0], "") if given and not {"--dry-run", "--help"}.intersection(given) else ""
+    console.error(f"stopped by {signal.Signals(number).name}{goes_on}", "stopped")
+    atexit._run_exitfuncs()  # temporary folders
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(128 + number)
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM become Stopped, so that files are closed and locks released on the way out."""
+    """The first SIGINT or SIGTERM becomes Stopped, so that files are closed and locks released on the way out; another
+    one meanwhile ends the process, which harms as little as SIGKILL."""
     def stop(number: int, frame: FrameType | None) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+        _stopped_by.append(number)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if _stopped_by else handler)
 
 
 def _show(result: dict[str, Any], how: str, json: bool, quiet: bool) -> None:

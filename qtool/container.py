@@ -20,6 +20,8 @@ class Writer(Protocol):
 
     folder: Path
 
+    @property
+    def names(self) -> list[str]: ...
     def write(self, name: str, tensor: torch.Tensor) -> None: ...
     def read_back(self, name: str) -> torch.Tensor: ...
     def sync(self) -> None: ...
@@ -27,20 +29,20 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def open_writer(plan: Plan, folder: Path, name: str) -> Writer:
+def open_writer(plan: Plan, folder: Path, name: str, resumed: bool = False) -> Writer:
     """For the outputs of a plan, in `folder` (of several outputs, in its own folder there).
 
-    name: of the model, for formats that name their file after it.
+    name: of the model, for formats that name their file after it.  resumed: the files must be there.
     """
     folder = folder / plan.name
     folder.mkdir(exist_ok=True)
     if plan.gguf is None:
         shards = plan_shards(plan.outputs, int(plan.recipe.shard_gb * 1e9))
-        return ShardWriter(folder, shards, getattr(plan.format, "METADATA", None))
+        return ShardWriter(folder, shards, getattr(plan.format, "METADATA", None), resumed)
     from qtool.checkpoint.gguf_writer import GgufWriter
 
     path, types, kind = _gguf(plan, folder, name)
-    return GgufWriter(path, plan.outputs, _described(plan), types, kind)
+    return GgufWriter(path, plan.outputs, _described(plan), types, kind, resumed)
 
 
 def files(plan: Plan, name: str) -> dict[str, int]:

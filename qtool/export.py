@@ -6,12 +6,11 @@ source bit for bit; a pair of formats that cannot hold the same numbers is refus
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,17 +22,21 @@ from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
 from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec, same_bits
-from qtool.workspace import Workspace, refuse_existing
+from qtool.workspace import Workspace, recover, refuse_existing
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
 WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
+SOME = "some weights"  # the stage that says how many are
+ALREADY = "it was there already: this command finished it before"
+RECORDED = 256 << 20  # bytes that are written between two lines of the journal
 NONE = torch.empty(0)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Export:
-    """What will be written."""
+    """What will be written. record: the manifest of the source.  made: that of the output, if it is finished."""
 
     source: Source
     target: ModuleType
@@ -41,6 +44,7 @@ class Export:
     transfer: transfer.Transfer
     outputs: tuple[TensorSpec, ...]
     record: dict[str, Any] | None
+    made: dict[str, Any] | None = None
 
     @property
     def dense(self) -> bool:
@@ -72,33 +76,80 @@ def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     how = (transfer.Transfer({}, (), source.dtype, source.dtype) if target.NAME == DENSE
            else transfer.plan(source, target))
     where = out or Path(f"{source.name}-{target.NAME}")
-    refuse_existing(where, source.directory)
-    return Export(source, target, where, how, tuple(_outputs(source, target, how)), inspect.record_of(source))
+    made = finished(where, source, target.NAME)
+    return Export(source, target, where, how, tuple(_outputs(source, target, how)), inspect.record_of(source), made)
 
 
-def run(job: Export, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+def run(job: Export, step: inspect.Step = inspect.no_steps, restart: bool = False) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
+    linears, checked = len(job.schemes or job.source.schemes), _checked(job)
+    if job.made is not None:
+        return told(job.source, job.out, job.made, linears, checked, [*_notes(job), ALREADY])
     identity = {"export": job.target.NAME, "qtool": qtool.__version__,
                 "source": {"name": job.source.name, "files": job.source.hashes()}}
     refuse_full_disk(job.out, sum(spec.nbytes for spec in job.outputs), job.source)
     heap.reuse()
-    with Workspace(job.out, identity) as work, torch.inference_mode():
-        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None))
+    with Workspace(job.out, identity, restart) as work, torch.inference_mode():
+        writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None),
+                             resumed(work))
         names = list(job.source.specs)
-        for done, name in enumerate(names if WRITTEN not in work.finished else ()):
+        for done, name in unwritten(work, names, lambda name: job.source.specs[name].nbytes, writer.sync):
             step(done, len(names), name)
             linear = name.removesuffix(".weight")
             if linear != name and linear in job.schemes:
                 _convert(job, writer, linear)
             else:
                 _copy(job, writer, name)
-        for attention, scales in (job.source.cache_scales() if job.transfer.attentions else {}).items():
+        again = job.transfer.attentions and WRITTEN not in work.finished
+        for attention, scales in (job.source.cache_scales() if again else {}).items():
             for spec, scale in zip(job.target.kv_scales(attention), scales, strict=True):
                 writer.write(spec.name, scale.reshape(spec.shape))
         step(len(names), len(names), "naming and hashing the files")
         name_files(work, writer)
-        result = _finish(job, work)
-    return told(job.source, job.out, result, len(job.schemes or job.source.schemes), _checked(job), _notes(job))
+        result = _finish(job, work, writer.names)
+    return told(job.source, job.out, result, linears, checked, _notes(job))
+
+
+def finished(where: Path, source: Source, target: str, **settings: Any) -> dict[str, Any] | None:
+    """The manifest of an output that this export has finished before; None where there is nothing.
+
+    Raises OutputError where something else is in its place.
+    """
+    recover(where, source.directory)
+    if (where / manifest.NAME).is_file() and not where.is_symlink():
+        there = manifest.load(where)
+        whole = all((where / name).is_file() for name in there.get("outputs", {}))
+        if whole and (there.get("format"), there.get("exported_from")) == (target, _exported_from(source, settings)):
+            return there
+    refuse_existing(where)
+    return None
+
+
+def _exported_from(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": inspect.stored_name(source), "qtool": qtool.__version__, "files": source.hashes(), **settings}
+
+
+def resumed(work: Workspace) -> bool:
+    """Whether some of the files must be there."""
+    return not work.finished.keys().isdisjoint((SOME, WRITTEN))
+
+
+def unwritten(work: Workspace, items: Sequence[Item], size: Callable[[Item], int], sync: Callable[[], None],
+              notes: Callable[[], dict[str, Any]] = dict) -> Iterator[tuple[int, Item]]:
+    """The items to write that an earlier command has not written, with their places.
+
+    Every RECORDED bytes (size: of an item) what was written is made durable and recorded, with `notes` beside.
+    """
+    if WRITTEN in work.finished:
+        return
+    first, since = work.finished.get(SOME, {}).get("count", 0), 0
+    for place, item in enumerate(items[first:], first):
+        yield place, item
+        since += size(item)
+        if since >= RECORDED:
+            sync()
+            work.record(SOME, {"count": place + 1, **notes()})
+            since = 0
 
 
 def refuse_full_disk(out: Path, weights: int, source: Source) -> None:
@@ -181,7 +232,7 @@ def _copy(job: Export, writer: ShardWriter, name: str) -> None:
                                 "disk or the memory of this machine may be faulty")
 
 
-def _finish(job: Export, work: Workspace) -> dict[str, Any]:
+def _finish(job: Export, work: Workspace, names: Sequence[str]) -> dict[str, Any]:
     config = dict(job.source.config)
     extra: dict[str, Any] = {}
     if not job.dense:
@@ -195,19 +246,18 @@ def _finish(job: Export, work: Workspace) -> dict[str, Any]:
              for linear, scheme in job.source.schemes.items()}
     kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.transfer.skipped]
     made = record(job.source, job.record, job.target.NAME, sizes, sum(spec.nbytes for spec in job.outputs), kept)
-    return finish(work, job.source, {"config.json": config, **extra}, made, job.target.LOADERS)
+    return finish(work, job.source, names, {"config.json": config, **extra}, made, job.target.LOADERS)
 
 
-def finish(work: Workspace, source: Source, files: Mapping[str, Any], record: Mapping[str, Any],
+def finish(work: Workspace, source: Source, names: Sequence[str], files: Mapping[str, Any], record: Mapping[str, Any],
            loaders: Sequence[tuple[str, str]], elsewhere: Mapping[str, digests.Places] | None = None) -> dict[str, Any]:
     """The companions of the source, JSON files, card and manifest; then the directory gets its name.
 
-    elsewhere: where tensors lie in files that do not say so. Returns the manifest: `record` with hashes of the files.
+    names: of the files that are there.  elsewhere: where tensors lie in files that do not say so.
+
+    Returns the manifest: `record` with hashes of the files.
     """
-    for path in source.companions():
-        shutil.copyfile(path, work.folder / path.name)
-    for name, content in files.items():
-        manifest.write_json(work.folder / name, content)
+    work.refuse_strays({*names, *manifest.write_beside(work.folder, source.companions(), files)})
     (work.folder / "README.md").write_text(card.text(record, loaders), encoding="utf-8")
     result = {**record, **digests.of_folder(work.folder, elsewhere)}
     manifest.save(work.folder, result)
@@ -216,11 +266,12 @@ def finish(work: Workspace, source: Source, files: Mapping[str, Any], record: Ma
 
 
 def record(source: Source, before: dict[str, Any] | None, target: str, sizes: Mapping[str, int], weight_bytes: int,
-           kept: list[dict[str, str]]) -> dict[str, Any]:
+           kept: list[dict[str, str]], **settings: Any) -> dict[str, Any]:
     """The manifest of an export without the hashes of its files: the source's (`before`) with the sizes of the new
     ones; of a foreign checkpoint, what its files tell.
 
     sizes: bytes of every quantized linear.  weight_bytes: of all tensors.  kept: the linears that are not quantized.
+    settings: of the target, on which bytes depend.
     """
     layers = []
     known = {layer["stored"]: layer for layer in (before or {}).get("layers", [])}
@@ -231,13 +282,12 @@ def record(source: Source, before: dict[str, Any] | None, target: str, sizes: Ma
                        "scheme": source.schemes[linear].model_dump(), "bytes": sizes[linear]})
     parameters = sum(spec.elements for spec in source.specs.values())
     made = before or {"schema": manifest.SCHEMA, "qtool": qtool.__version__, "recipe": None, "calibration": None,
-                      "versions": {}, "source": {"name": source.name, "origin": source.origin,
+                      "versions": {}, "source": {"name": source.name, "origin": source.checkpoint.published,
                                                  "files": source.hashes()}}
     totals = manifest.totals(layers, parameters, weight_bytes,
                              (before or {}).get("totals", {}).get("source_bytes", footprint.stored_bytes(source)))
-    return {**made, "exported_from": {"format": inspect.stored_name(source), "qtool": qtool.__version__,
-                                      "files": source.hashes()},
-            "format": target, "layers": layers, "kept": (before or {}).get("kept", kept), "totals": totals}
+    return {**made, "exported_from": _exported_from(source, settings), "format": target, "layers": layers,
+            "kept": (before or {}).get("kept", kept), "totals": totals}
 
 
 def _checked(job: Export) -> str:

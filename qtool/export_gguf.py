@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
-from qtool import footprint, found, inspect, manifest, outside, plan_gguf, recipe
+from qtool import export, footprint, found, inspect, manifest, outside, plan_gguf, recipe
 from qtool import storage as disk
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter, file_bytes
@@ -25,7 +25,7 @@ from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
 from qtool.tensors import QuantizedTensor, TensorSpec, same_bits
-from qtool.workspace import Workspace, refuse_inside
+from qtool.workspace import Workspace, recover
 
 NAME = "gguf"
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -154,19 +154,22 @@ def _kept_codes(source: Source, linear: str, scheme: recipe.Scheme) -> tuple[str
     return None if held is None else (linear, held)
 
 
-def run(job: GgufExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+def run(job: GgufExport, step: inspect.Step = inspect.no_steps, restart: bool = False) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     source, storage = job.source, job.storage
     identity = {"export": NAME, "type": storage.label, "importance": storage.weighed_by, "qtool": qtool.__version__,
                 "source": {"name": source.name, "files": source.hashes()}}
     needed = file_bytes(storage.outputs, job.model, storage.types, storage.file_type)
     disk.refuse_full(job.out, needed, "this export", ["choose an --out on another disk"])
-    with Workspace(job.out, identity) as work, torch.inference_mode():
-        writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type)
-        same = set()
-        for done, spec in enumerate(storage.outputs):
+    with Workspace(job.out, identity, restart) as work, torch.inference_mode():
+        writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type,
+                            export.resumed(work))
+        same: set[str] = set(work.finished.get(export.SOME, {}).get("same", ()))
+        left = export.unwritten(work, storage.outputs, lambda spec: spec.nbytes, writer.sync,
+                                lambda: {"same": sorted(same)})
+        for done, spec in left:
             step(done, len(storage.outputs), spec.name)
-            same |= {spec.name.removesuffix(".weight")} if _copy(job, writer, spec) else set()
+            same.update({spec.name.removesuffix(".weight")} if _copy(job, writer, spec) else ())
         step(len(storage.outputs), len(storage.outputs), "naming and hashing the file")
         writer.finish()
         work.complete_file(TENSORS_NAME)
@@ -205,7 +208,7 @@ def _place(source: Source, storage: Storage, out: Path | None) -> Path:
     """The file to write."""
     name = f"{source.name}-{storage.label}.gguf"
     path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
-    refuse_inside(path, source.directory)
+    recover(path, source.directory)
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists; remove it or choose another --out")
     return path

@@ -23,7 +23,7 @@ from qtool.decode import Source
 from qtool.errors import OutputError
 from qtool.models import blocks, calibration, importance, skeleton
 from qtool.models.streams import StreamStore, batches_for
-from qtool.workspace import Workspace, refuse_inside
+from qtool.workspace import Workspace, recover
 
 NAME = "imatrix"
 FILE = "imatrix.gguf"  # in the working directory
@@ -70,14 +70,15 @@ def make_export(source: Source, out: Path | None = None, text: str | None = None
     return job
 
 
-def run(job: ImatrixExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+def run(job: ImatrixExport, step: inspect.Step = inspect.no_steps, restart: bool = False) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints."""
-    arithmetic.resume(job.out)
+    if not restart:
+        arithmetic.resume(job.out)
     stream = job.tokens.ids.numel() * job.skeleton.hidden * job.dtype.itemsize
     spilled = stream if stream > _budget() else 0
     storage.refuse_full(job.out, 2 * stream + spilled, "this export", ["choose an --out on another disk",
                                                                      "use fewer --samples"])
-    with Workspace(job.out, _identity(job)) as work, torch.inference_mode():
+    with Workspace(job.out, _identity(job), restart) as work, torch.inference_mode():
         sums = _measured(job, work, step)
         write_imatrix(work.folder / FILE, _entries(job, sums), [str(job.tokens.description["source"])],
                       *job.tokens.ids.shape)
@@ -154,11 +155,9 @@ def _kept(work: Workspace, index: int, names: Mapping[str, int]) -> dict[str, to
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: the saved statistics cannot be read ({error}); remove {work.folder} and give the "
-                          "same command again") from None
+        raise OutputError(f"{path}: the saved statistics cannot be read ({error}); start over with --restart") from None
     if set(found) != set(names):
-        raise OutputError(f"{path}: these saved statistics are of another run; remove {work.folder} and give the same "
-                          "command again")
+        raise OutputError(f"{path}: these saved statistics are of another run; start over with --restart")
     return found
 
 
@@ -166,7 +165,7 @@ def _place(source: Source, out: Path | None) -> Path:
     """The file to write."""
     name = f"{source.name}-{NAME}.gguf"
     path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
-    refuse_inside(path, source.directory)
+    recover(path, source.directory)
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} exists; remove it or choose another --out")
     return path

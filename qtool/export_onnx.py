@@ -24,7 +24,7 @@ from qtool.onnx_graph.builder import DATA_FILE, Graph, library
 from qtool.onnx_graph.decoder import draw
 from qtool.onnx_graph.weights import Part
 from qtool.tensors import same_bits
-from qtool.workspace import Workspace, refuse_existing
+from qtool.workspace import Workspace
 
 NAME = "onnx"
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What will be written. settings: those of the graph."""
+    """What will be written. settings: those of the graph.  record, made: as in export.Export."""
 
     source: Source
     out: Path
@@ -41,6 +41,7 @@ class OnnxExport:
     settings: dict[str, Any]
     extra_files: dict[str, Any]
     record: dict[str, Any] | None
+    made: dict[str, Any] | None = None
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -64,30 +65,35 @@ def make_export(source: Source, out: Path | None = None, accuracy_level: int | N
         transfer.refuse_inexact(source, DTYPES[computed], f"an ONNX graph in {computed}", "leave --dtype out")
     decoder = decoders.describe(source.directory, source.config, source.specs)
     where = out or Path(f"{source.name}-{NAME}")
-    refuse_existing(where, source.directory)
+    settings = {"accuracy_level": level, "dtype": computed}
+    made = export.finished(where, source, NAME, **settings)
     files = {"config.json": dict(source.config), **genai.files(decoder, source.config, source.directory)}
     graph = draw(source, decoder, level, DTYPES[computed])
-    return OnnxExport(source, where, graph, {"accuracy_level": level, "dtype": computed}, files,
-                      inspect.record_of(source))
+    return OnnxExport(source, where, graph, settings, files, inspect.record_of(source), made)
 
 
-def run(job: OnnxExport, step: inspect.Step = inspect.no_steps) -> dict[str, Any]:
+def run(job: OnnxExport, step: inspect.Step = inspect.no_steps, restart: bool = False) -> dict[str, Any]:
     """Write it; returns what `qtool export --json` prints. Raises StorageError, VerificationError."""
     source, parts = job.source, job.graph.parts
+    if job.made is not None:
+        return export.told(source, job.out, job.made, len(source.schemes), _checked(source),
+                           [*_notes(source), export.ALREADY])
     identity = {"export": NAME, "qtool": qtool.__version__, "onnx": library().__version__,
                 **job.settings, "source": {"name": source.name, "files": source.hashes()}}
     specs = tuple(spec for part in parts for spec in part.specs)
     export.refuse_full_disk(job.out, sum(spec.nbytes for spec in specs), source)
-    with Workspace(job.out, identity) as work, torch.inference_mode():
-        writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)])
-        for done, part in enumerate(parts if export.WRITTEN not in work.finished else ()):
+    with Workspace(job.out, identity, restart) as work, torch.inference_mode():
+        writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)], resumed=export.resumed(work))
+        for done, part in export.unwritten(work, parts, lambda part: sum(spec.nbytes for spec in part.specs),
+                                           writer.sync):
             step(done, len(parts), part.tensor or part.specs[0].name)
             _write(part, writer)
         step(len(parts), len(parts), "naming and hashing the files")
         export.name_files(work, writer)
         storage.write(work.folder / genai.MODEL_FILE, job.graph.serialized(writer.place))
         places = {DATA_FILE: [(spec.name, *writer.place(spec.name)) for spec in specs]}
-        result = export.finish(work, source, job.extra_files, _record(job), genai.LOADERS, places)
+        names = [*writer.names, genai.MODEL_FILE]
+        result = export.finish(work, source, names, job.extra_files, _record(job), genai.LOADERS, places)
     return export.told(source, job.out, result, len(source.schemes), _checked(source), _notes(source))
 
 
@@ -109,7 +115,7 @@ def _record(job: OnnxExport) -> dict[str, Any]:
     sizes = Counter[str]()
     for part in job.graph.parts:
         sizes[part.tensor.removesuffix(".weight")] += sum(spec.nbytes for spec in part.specs)
-    return export.record(source, job.record, NAME, sizes, sizes.total(), [])
+    return export.record(source, job.record, NAME, sizes, sizes.total(), [], **job.settings)
 
 
 def _checked(source: Source) -> str:

@@ -25,6 +25,7 @@ class Wanted:
     samples: int | None = None
     sequence_length: int | None = None
     device: str | None = None
+    restart: bool = False
 
 
 # option, the field of Wanted, the target that it is for
@@ -40,13 +41,13 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
         if getattr(wanted, field) is not None and wanted.to != target:
             raise InputError(f"{name} is for --to {target}, not {wanted.to}; leave it out")
     if wanted.requantize is not None:
-        return _requantized(path, wanted.to, wanted.requantize, wanted.out, quiet)
+        return _requantized(path, wanted, wanted.requantize, quiet)
     with console.working(f"reading {path}", quiet):
         module, job = _made(path, wanted)
     for text in job.lost:
         console.note(f"note: {text}", quiet)
     with console.steps("exporting", quiet) as step:
-        result: dict[str, Any] = module.run(job, step)
+        result: dict[str, Any] = module.run(job, step, wanted.restart)
     return result
 
 
@@ -73,11 +74,11 @@ def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
     return export, export.make_export(source, wanted.to, wanted.out)
 
 
-def _requantized(path: str, to: str, how: str, out: Path | None, quiet: bool) -> dict[str, Any]:
+def _requantized(path: str, wanted: Wanted, how: str, quiet: bool) -> dict[str, Any]:
     with console.working(f"reading {path}", quiet):
         from qtool import requantize
         from qtool.decode import open_model
 
-        job = requantize.make(open_model(path), to, how, out)
+        job = requantize.make(open_model(path), wanted.to, how, wanted.out)
     with console.progress(quiet) as progress:
-        return requantize.run(job, progress)
+        return requantize.run(job, progress, wanted.restart)

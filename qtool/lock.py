@@ -3,12 +3,14 @@
 flock decides among the processes of one kernel, and on most shared file systems among hosts: it goes with the process
 that holds it. Some keep it to each host. So the file also names its owner, who touches it every BEAT seconds, and a
 lock with another host's name is watched: a touch is a sign of life; none for STALE seconds, and it is a dead process's.
-No clocks are compared.
+No clocks are compared. Within one kernel flock says all, whatever process has the owner's number by now. The folder is
+locked too: it stays locked while it gets another name, when the file is gone already.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +26,7 @@ from qtool.errors import OutputError
 BEAT = 2.0
 STALE = 30.0
 LOOK = 0.1
+NO_FLOCK = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the kernel, also in containers
 
 
@@ -33,12 +36,12 @@ def hold(path: Path) -> Iterator[Callable[[], None]]:
 
     Raises OutputError where a living process has it, OSError where the file cannot be written.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     ended = threading.Event()
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, descriptor)
-        _take(descriptor, path)
-        mine = _me()
+        folder = stack.enter_context(_opened(path.parent, os.O_RDONLY | os.O_DIRECTORY))
+        descriptor = stack.enter_context(_opened(path, os.O_RDWR | os.O_CREAT))
+        _take(descriptor, folder, path)
+        mine = {**_me(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
         os.fsync(descriptor)
@@ -61,17 +64,39 @@ def _empty(descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
 
 
-def _take(descriptor: int, path: Path) -> None:
-    """Return when the lock is free or its owner is gone. Raises OutputError at the owner's next sign of life."""
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Own a folder while it changes names. Raises OutputError where another process owns it."""
+    with _opened(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+        if not _flock_folder(descriptor):
+            raise OutputError(f"{path} is in use by another process, which is about to finish; wait for it")
+        yield
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, folder: int, path: Path) -> None:
+    """Return when the lock is free or its owner is gone.
+
+    Raises OutputError at once where a process of this kernel has it, else at the owner's next sign of life.
+    """
     here, began, opened = _me()["boot"], time.monotonic(), os.fstat(descriptor)
     while True:
-        owner, free = _owner(path), _flock(descriptor)
+        free = _flock_folder(folder) and _flock(descriptor)
+        owner = _owner(path)
         now = path.stat() if path.exists() else None
         if now is None or now.st_ino != opened.st_ino:
             raise OutputError(f"{path.parent} was finished or discarded by another process just now")
         if free and (not owner or owner.get("boot") == here):
             return
-        if now.st_mtime_ns != opened.st_mtime_ns:
+        if now.st_mtime_ns != opened.st_mtime_ns or (not free and owner.get("boot") == here):
             raise OutputError(f"{path.parent} is in use by {_named(owner)}; wait for it or choose another --out")
         if time.monotonic() - began > STALE:
             if free:
@@ -89,6 +114,16 @@ def _flock(descriptor: int) -> bool:
     return True
 
 
+def _flock_folder(descriptor: int) -> bool:
+    """True too where folders have no locks, as on NFS; the file's is left."""
+    try:
+        return _flock(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return True
+
+
 def _me() -> dict[str, Any]:
     boot = BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.is_file() else socket.gethostname()
     return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot}
@@ -104,7 +139,8 @@ def _owner(path: Path) -> dict[str, Any]:
 
 
 def _named(owner: dict[str, Any]) -> str:
-    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'this machine')}"
+    since = f" since {owner['since']}" if "since" in owner else ""
+    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'this machine')}{since}"
 
 
 def _beat(descriptor: int, ended: threading.Event) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,17 @@ def load(folder: Path) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f"{path}: {wrong}; the manifest is damaged, fetch it again or make the output anew")
     return data
+
+
+def write_beside(folder: Path, companions: Iterable[Path], files: Mapping[str, Any]) -> set[str]:
+    """What a model has beside its weights: copies of its small files, and JSON files; returns the names."""
+    names = set(files)
+    for path in companions:
+        shutil.copyfile(path, folder / path.name)
+        names.add(path.name)
+    for name, content in files.items():
+        write_json(folder / name, content)
+    return names
 
 
 def write_json(path: Path, data: Any) -> None:

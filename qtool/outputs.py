@@ -7,7 +7,7 @@ roundings of the inputs. Reading, forward passes and Hessians are shared; codes,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from qtool.errors import PlanError
 from qtool.plan import Plan
 from qtool.plan import make_plan as plan_one
 from qtool.recipe import Recipe
+from qtool.workspace import Workspace
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, device: str = "auto") -> Plan:
@@ -94,18 +95,20 @@ def solved_on(plan: Plan, first: Plan) -> dict[str, Any]:
                             "propagated": first.whole.propagate or first.name}}
 
 
-def together(folder: Path, identity: Mapping[str, Any], results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def together(work: Workspace, names: Sequence[str], manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The manifest over several outputs, one folder each: their layers and files with the output's name before them."""
+    work.refuse_strays(names)
+    results = dict(zip(names, manifests, strict=True))
     layers = [{**layer, "name": f"{name}/{layer['name']}"} for name, one in results.items() for layer in one["layers"]]
-    files = {f"{name}/{file}": manifest.file_hash(folder / name / file)
+    files = {f"{name}/{file}": manifest.file_hash(work.folder / name / file)
              for name, one in results.items() for file in [*one["outputs"], manifest.NAME]}
     sizes = [one["totals"] for one in results.values()]
     totals = manifest.totals(layers, sizes[0]["parameters"], sum(one["weight_bytes"] for one in sizes),
                              sizes[0]["source_bytes"])
-    first: dict[str, Any] = next(iter(results.values()))
-    made = {**identity, "several": list(results), "layers": layers, "rotation": first["rotation"],
+    first = manifests[0]
+    made = {**work.identity, "several": list(results), "layers": layers, "rotation": first["rotation"],
             "kept": first["kept"], "outputs": files, "allocation": None, "totals": totals}
-    manifest.save(folder, made)
+    manifest.save(work.folder, made)
     return made
 
 

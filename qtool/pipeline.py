@@ -16,7 +16,6 @@ a rerun of the same command continues and which gets its final name only when ev
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +55,7 @@ from qtool.rescale import rescale
 from qtool.stages import LinearPlan, Stage, one_scale, same_scheme
 from qtool.stream import Stream
 from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
-from qtool.workspace import Workspace, refuse_existing
+from qtool.workspace import Workspace, already
 
 EMPTY: Mapping[str, torch.Tensor] = {}
 
@@ -74,7 +73,11 @@ class Progress(Protocol):
 
 def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = False) -> dict[str, Any]:
     """Quantize; returns the manifest. Raises what the plan could not foresee; then OUT.partial/ can be continued."""
-    refuse_existing(plan.out, checkpoint.directory)
+    made = already(plan.out, checkpoint.directory,
+                   lambda: prepare.identity_of(checkpoint, plan, prepare.tokens_of(checkpoint, plan)))
+    if made is not None:
+        progress.message(f"{plan.out} holds what this command makes already")
+        return made
     preflight.refuse(plan)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
@@ -95,14 +98,15 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
 def _quantize(checkpoint: Checkpoint, plan: Plan, progress: Progress, tokens: calibration.CalibrationTokens | None,
               work: Workspace) -> dict[str, Any]:
     """Everything once the schemes are known."""
+    resumed = any(stage.name in work.finished for stage in plan.stages)
     keeper = keeping.Keeper(work.folder, plan.scaling_steps) if plan.recipe.keep_statistics else None
-    jobs = [Job(checkpoint, one, container.open_writer(one, work.folder, checkpoint.name), progress, keeper=keeper)
+    jobs = [Job(checkpoint, one, container.open_writer(one, work.folder, checkpoint.name, resumed), progress,
+                keeper=keeper)
             for one in (plan, *plan.others)]
     solve_stages(jobs, tokens, work)
     progress.message("naming and hashing the files")
     results = [_finish(job, place, work, jobs[0].plan) for place, job in enumerate(jobs)]
-    made = results[0] if len(jobs) == 1 else outputs.together(
-        work.folder, work.identity, {job.plan.name: result for job, result in zip(jobs, results, strict=True)})
+    made = results[0] if len(jobs) == 1 else outputs.together(work, [job.plan.name for job in jobs], results)
     work.complete()
     return made
 
@@ -320,21 +324,21 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
         raise VerificationError(f"{folder}: a loader would find {len(found_schemes)} quantized linears in the "
                                 f"written keys, not {len(plan.linears)}; this is a bug in format {plan.format.NAME}")
     job.writer.finish()
+    names = set(job.writer.names)
     if plan.gguf is None:  # a GGUF file has them in itself
-        for path in job.checkpoint.companions():
-            shutil.copyfile(path, folder / path.name)
         files = {"config.json": config, **plan.format.extra_files(config.get("quantization_config", {}))}
-        for name, content in files.items():
-            manifest.write_json(folder / name, content)
+        names |= manifest.write_beside(folder, job.checkpoint.companions(), files)
     shared = outputs.solved_on(plan, first) if first.others else {}
     if job.keeper:
         shared["statistics"] = job.keeper.finish({stage.name: work.finished[stage.name] for stage in plan.stages})
+        names.add(keeping.FOLDER)
     parameters = sum(spec.elements for name, spec in job.checkpoint.specs.items())
     result = {**work.identity, "recipe": plan.recipe.model_dump(mode="json"), **shared, "format": plan.format.NAME,
               "layers": layers, "rotation": rotate.describe(plan.rotated),
               "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
               "allocation": work.finished.get(sensitivity.STAGE, {}).get("allocation"),
               "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
+    work.refuse_strays(names, plan.name)
     (folder / "README.md").write_text(card.text(result, plan.format.LOADERS), encoding="utf-8")
     result |= digests.of_folder(folder)
     manifest.save(folder, result)

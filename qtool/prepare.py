@@ -54,7 +54,7 @@ def tokens_of(checkpoint: Checkpoint, plan: Plan) -> calibration.CalibrationToke
 
 def identity_of(checkpoint: Checkpoint, plan: Plan, tokens: calibration.CalibrationTokens | None) -> dict[str, Any]:
     """What decides the bytes of a run; reads the whole checkpoint, for its hashes."""
-    source = {"name": checkpoint.name, "origin": checkpoint.origin, "files": checkpoint.hashes()}
+    source = {"name": checkpoint.name, "origin": checkpoint.published, "files": checkpoint.hashes()}
     used = None
     if tokens is not None:
         used = {**tokens.description, "sha256": tokens.sha256, "samples": plan.text_samples,

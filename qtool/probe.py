@@ -7,7 +7,9 @@ scaled by their arithmetic. Peak memory is the kernel's count over these blocks.
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +20,9 @@ from typing import Any
 
 import torch
 
-from qtool import console, container, duration, estimate, heap, pipeline, prepare, reading, rotate, storage
+from qtool import console, container, duration, estimate, heap, lock, pipeline, prepare, reading, rotate, storage
 from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import OutputError
 from qtool.plan import Plan
 from qtool.stages import Stage
 from qtool.stream import Stream
@@ -38,7 +41,11 @@ def predicted(checkpoint: Checkpoint, plan: Plan, tell: Tell) -> dict[str, Any]:
     folder = storage.standing(plan.out)
     torch.manual_seed(plan.recipe.seed)
     heap.reuse()
-    with tempfile.TemporaryDirectory(prefix=f".{plan.out.name}-probe-", dir=folder) as place:
+    prefix = f".{plan.out.name}-probe-"
+    for old in folder.glob(f"{glob.escape(prefix)}*"):  # of one that was killed
+        with suppress(OutputError, OSError), lock.folder(old):
+            shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as place, lock.folder(Path(place)):
         began = time.monotonic()
         disk = _disk_rate(checkpoint, plan, Path(place))
         outside = sum(_outside(checkpoint, one) for one in (plan, *plan.others))

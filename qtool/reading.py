@@ -26,9 +26,12 @@ def ahead(checkpoint: Checkpoint, plan: Plan, finished: Container[str]) -> Itera
         names = {plan.skeleton.source(name) for name in plan.skeleton.block_parameters(stage.block)}
         return {name: checkpoint.read(name) for name in sorted(names)}
 
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
+    pool = ThreadPoolExecutor(1, "read-ahead")
+    try:
         future = pool.submit(read, todo[0]) if todo else None
         for place, stage in enumerate(todo):
             weights = future.result() if future else {}
             future = pool.submit(read, todo[place + 1]) if place + 1 < len(todo) else None
             yield stage, weights
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a stopped command does not wait for a download

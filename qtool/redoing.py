@@ -30,11 +30,13 @@ from qtool import (
     estimate,
     heap,
     keeping,
+    lock,
     manifest,
     pipeline,
     records,
     rotate,
     storage,
+    workspace,
 )
 from qtool import prepare as before_runs
 from qtool.checkpoint.reader import Checkpoint
@@ -54,10 +56,15 @@ OWN = (manifest.NAME, "README.md")
 def recover(out: Path) -> None:
     """Put a finished redo in its place, if an earlier command was killed before that. Raises OutputError."""
     fresh, old = _beside(out)
-    if fresh.is_dir() and "redone" in manifest.load(fresh):  # only ever a whole output has this name
-        _swap(out)
+    workspace.recover(fresh)
+    if fresh.is_dir():
+        with lock.folder(fresh):
+            if fresh.is_dir() and "redone" in manifest.load(fresh):  # only ever a whole output has this name
+                _swap(out)
     elif old.is_dir() and out.is_dir():
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+        old.rename(out)
 
 
 def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[
     entry["before"] = manifest.file_hash(out / manifest.NAME)
     source = rotate.view(redo.checkpoint, plan.rotated)
     with Workspace(_beside(out)[0], {**identity, "redo": entry}, restart) as work:
-        writer = ShardWriter(work.folder, redo.files, getattr(plan.format, "METADATA", None))
+        writer = ShardWriter(work.folder, redo.files, getattr(plan.format, "METADATA", None), KEPT in work.finished)
         job = pipeline.Job(_mixed(redo, source), plan, writer, progress, redo.output, source)
         if KEPT not in work.finished:
             _copy_kept(redo, writer)
@@ -94,7 +101,7 @@ def run(redo: Redo, progress: pipeline.Progress, restart: bool = False) -> dict[
         progress.message("naming and hashing the files")
         result = _finish(redo, writer, work, entry)
         work.complete()
-    _swap(out)
+        _swap(out)
     progress.finish()
     return result
 
@@ -229,8 +236,9 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
     (folder / "README.md").write_text(card.text(result, plan.format.LOADERS), encoding="utf-8")
     result |= _digests(redo, folder, kept_files - set(extra), {spec.name for spec in plan.outputs})
     manifest.save(folder, result)
-    for path in folder.glob("stream-*.bin"):  # at the entrance of the block after the last one that was run
+    for path in folder.glob("stream-*"):  # at the entrance of the block after the last one that was run
         path.unlink()
+    work.refuse_strays({*result["outputs"], *(path.name for path in out.iterdir())})
     return result
 
 

@@ -64,16 +64,19 @@ class Stream:
                                         settings.held_out)
         arguments = blocks.capture(plan.skeleton, read, tokens.ids, stores[0], plan.device,
                                    plan.compute_dtype, batches)
-        done = [stage.block for stage in plan.stages if stage.block is not None and stage.name in work.finished]
+        ran = [stage for stage in plan.stages if stage.block is not None]
+        done = [stage.block or 0 for stage in ran if stage.name in work.finished]
         fitting = [batch for batch in batches if batch.start not in held_out]
         paired = fitting[:math.ceil(len(fitting) * plan.float_share)]
         also = held_out.union(*(range(batch.start, batch.stop) for batch in paired)) if paired else frozenset()
         self = cls(plan, work.folder, stores, arguments, batches, held_out, also)
         for store, path in zip(stores, self._paths(max(done, default=-1) + 1), strict=True):
-            if done and len(done) < plan.blocks:
+            if done and len(done) < len(ran):
                 store.load(path)
             elif store is not stores[0]:
                 store.copy_from(stores[0], self._batches_of(store))
+        for path in set(work.folder.glob("stream-*")).difference(self._paths(max(done, default=-1) + 1)):
+            path.unlink()  # of a block that is done, or half written
         return self
 
     @property

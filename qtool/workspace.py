@@ -1,7 +1,8 @@
 """The directory OUT.partial/ in which a run works: a lock, a journal of finished stages, and the rename at the end.
 
 The journal (journal.py) has first the run's identity, then one line per finished stage. A line is written only after
-everything that it speaks of is on the disk, so a kill loses at most the stage under way.
+everything that it speaks of is on the disk, so a kill loses at most the stage under way. It goes when all is done, just
+before the folder gets its name: a folder with a manifest and no journal lacks but that name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from qtool.errors import CheckpointError, OutputError, StorageError, printable
 
 LOCK = "lock"
 SCRATCH = (journal.NAME, LOCK)
+NAMED = "named"  # the stage of the journal after which a single file has or gets its name
 
 
 class Workspace:
@@ -30,12 +32,13 @@ class Workspace:
 
     def __init__(self, out: Path, identity: dict[str, Any], restart: bool = False) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = _partial(out)
         self.identity = identity
         self.restart = restart
         self.finished: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Workspace:
+        recover(self.out)
         refuse_existing(self.out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +47,7 @@ class Workspace:
         with contextlib.ExitStack() as held:
             try:
                 self._refuse_lost = held.enter_context(lock.hold(self.folder / LOCK))
+                self._refuse_finished()
                 self._refuse_foreign()
                 if self.restart:
                     self._clear()
@@ -70,23 +74,44 @@ class Workspace:
         self.finished[stage] = result
         self._append({"stage": stage, **result})
 
+    def refuse_strays(self, names: Iterable[str], inside: str = "") -> None:
+        """Raise OutputError for what is in the folder, or in one inside it, beside `names`, card and manifest: it would
+        become a part of the output. Half written parts of these, from before a kill, are removed."""
+        folder = self.folder / inside
+        known = {*names, "README.md", manifest.NAME, *(() if inside else SCRATCH)}
+        for path in sorted(folder.iterdir()):
+            if path.name.removesuffix(storage.PART) not in known:
+                raise OutputError(f"{path} was not written by this run and would become a part of {self.out}; move it "
+                                  "elsewhere and give the same command again, which then ends at once")
+            if path.name not in known:
+                path.unlink()
+
     def complete(self) -> None:
-        """Drop the scratch files and give the directory its final name."""
-        for name in SCRATCH:
-            (self.folder / name).unlink(missing_ok=True)
+        """Make everything durable, drop the scratch files and give the directory its final name."""
+        for path in sorted(self.folder.rglob("*")):
+            storage.sync_folder(path)
+        (self.folder / journal.NAME).unlink()
         storage.sync_folder(self.folder)
         refuse_existing(self.out)
-        if self.out.exists():
-            self.out.rmdir()  # empty, as just checked
-        self.folder.rename(self.out)
-        storage.sync_folder(self.out.parent)
+        _name(self.folder, self.out)
 
     def complete_file(self, name: str) -> None:
         """Give the file `name` of the folder the name of the output, and drop the folder."""
+        if NAMED not in self.finished:
+            self.record(NAMED, {})
         refuse_existing(self.out)
         (self.folder / name).rename(self.out)
         storage.sync_folder(self.out.parent)
         shutil.rmtree(self.folder)
+
+    def _refuse_finished(self) -> None:
+        """Raise OutputError where another process finished the output while this one came to the lock."""
+        try:
+            refuse_existing(self.out)
+        except OutputError:
+            if not any(path.name != LOCK for path in self.folder.iterdir()):
+                shutil.rmtree(self.folder)  # made by this process
+            raise
 
     def _refuse_foreign(self) -> None:
         """A folder that only has the name of an unfinished run may hold what nobody wants to lose."""
@@ -96,7 +121,7 @@ class Workspace:
                               "of qtool; move it away, or choose another --out")
 
     def _clear(self) -> None:
-        """Empty the folder; the journal, which says whose it is, goes last."""
+        """Empty the folder; the journal goes last: without it, what is left could seem to be finished."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == journal.NAME):
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -121,6 +146,69 @@ class Workspace:
                 os.fsync(file.fileno())
         except OSError as error:
             raise storage.failed(error, self.folder, "the journal") from None
+
+
+def recover(out: Path, source: Path | None = None) -> None:
+    """End what an earlier run was killed in: a folder that lacks only its name gets it; what is left beside a finished
+    file is removed.
+
+    Raises OutputError where a living process is about to do so, where it cannot be done, and for an output that can
+    have no such name or is in the folder `source`.
+    """
+    _refuse_place(out, source)
+    folder = _partial(out)
+    if not (folder.is_dir() and (_lacks_its_name(folder) or _left_over(folder, out))):
+        return
+    try:
+        with lock.hold(folder / LOCK):
+            if _lacks_its_name(folder):
+                refuse_existing(out)
+                _name(folder, out)
+            elif _left_over(folder, out):
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: what an earlier command left there cannot be finished: {error.strerror}; remove "
+                          "it, or choose another --out") from None
+
+
+def _lacks_its_name(folder: Path) -> bool:
+    return (folder / manifest.NAME).is_file() and not (folder / journal.NAME).exists()
+
+
+def _left_over(folder: Path, out: Path) -> bool:
+    """Whether the folder is what is left after its file became the output."""
+    if not out.is_file():
+        return False
+    try:
+        entries, _ = journal.read(folder / journal.NAME)
+    except OutputError:
+        return False
+    return not entries or entries[-1].get("stage") == NAMED
+
+
+def _name(folder: Path, out: Path) -> None:
+    """The last step: all else is durable."""
+    (folder / LOCK).unlink(missing_ok=True)
+    storage.sync_folder(folder)
+    if out.exists():
+        out.rmdir()  # empty, as just checked
+    folder.rename(out)
+    storage.sync_folder(out.parent)
+
+
+def already(out: Path, source: Path, identity: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The manifest of the output where this very run has finished it before; None where there is none.
+
+    Raises OutputError where something else is in its place."""
+    recover(out, source)
+    if out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
+        refuse_existing(out)
+        return None
+    where, differs = state(out, identity)
+    if where == "other":
+        raise OutputError(f"{out} exists and is not empty, and does not hold what this command makes:\n  "
+                          + "\n  ".join(differs[:20]) + "\nremove it or choose another --out")
+    return manifest.load(out) if where == "finished" else None
 
 
 def state(out: Path, identity: Callable[[], dict[str, Any]]) -> tuple[str, list[str]]:
@@ -149,19 +237,34 @@ def unfinished(out: Path) -> dict[str, Any] | None:
     """The identity of the unfinished run of an output ({}: it has none yet); None where there is no such run.
 
     Raises OutputError for a journal that cannot be read."""
-    path = out.with_name(out.name + ".partial") / journal.NAME
-    return journal.identity(path) or {} if path.is_file() else None
+    path = _partial(out) / journal.NAME
+    try:
+        return journal.identity(path) or {} if path.is_file() else None
+    except OSError:  # a name that is too long: refuse_existing says so
+        return None
 
 
 def refuse_inside(out: Path, source: Path) -> None:
     """Raise OutputError for an output in the folder that is read, and for one whose work would empty that folder."""
-    inside, place, partial = (Path(os.path.realpath(path)) for path in (source, out, f"{out}.partial"))
+    inside, place, partial = (Path(os.path.realpath(path)) for path in (source, out, _partial(out)))
     if place.is_relative_to(inside) or inside.is_relative_to(partial):
         raise OutputError(f"{out} is {source} or lies in it, and that is what is read; choose another --out")
 
 
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def refuse_existing(out: Path, source: Path | None = None) -> None:
     """Raise OutputError when the output's place is taken, can have no such name, or is in the folder `source`."""
+    _refuse_place(out, source)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a directory; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not empty; remove it or choose another --out")
+
+
+def _refuse_place(out: Path, source: Path | None) -> None:
     try:
         os.lstat(out.with_name(f".{out.name}.before-redo"))  # the longest name that anything beside an output has
     except (FileNotFoundError, NotADirectoryError):
@@ -170,7 +273,3 @@ def refuse_existing(out: Path, source: Path | None = None) -> None:
         raise storage.unusable(error, out, "cannot be made", "--out") from None
     if source is not None:
         refuse_inside(out, source)
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is not a directory; choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; remove it or choose another --out")

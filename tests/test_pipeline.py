@@ -255,8 +255,11 @@ def test_another_recipe_is_refused_and_restart_discards(tmp_path: Path) -> None:
     quantize(model, tmp_path / "out", scheme__bits=3, restart=True)
     quantize(model, tmp_path / "plain", scheme__bits=3)
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
-    with pytest.raises(OutputError, match="not empty"):
-        quantize(model, tmp_path / "out", scheme__bits=3)
+    before, progress = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}, Interrupted()
+    assert quantize(model, tmp_path / "out", scheme__bits=3, progress=progress) == manifest.load(tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(OutputError, match=r"not empty(.|\n)*recipe.scheme.bits: 3 -> 2(.|\n)*another --out"):
+        quantize(model, tmp_path / "out", scheme__bits=2)
 
 
 def test_two_processes_on_one_output(tmp_path: Path) -> None:

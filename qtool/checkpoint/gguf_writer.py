@@ -68,11 +68,13 @@ class GgufWriter:
 
     specs: the tensors in the order of the file, those that are quantized as uint8 [N, bytes of a row] with their block
     type in `types`.  file_type: what general.file_type says.  Norms, vectors and routers are stored in float32.
-    Raises PlanError for tensors that have no place, StorageError, and OutputError for a foreign file.
+    resumed: the file must be there.  Raises PlanError for tensors that have no place, StorageError, and OutputError for
+    a foreign or missing file.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], model: GgufModel,
-                 types: Mapping[str, GGMLQuantizationType], file_type: gguf.LlamaFileType) -> None:
+                 types: Mapping[str, GGMLQuantizationType], file_type: gguf.LlamaFileType,
+                 resumed: bool = False) -> None:
         self.path, self.folder, self.model = path, path.parent, model
         planned = list(specs)
         self._specs = {spec.name: spec for spec in planned}
@@ -84,7 +86,7 @@ class GgufWriter:
             each = tensor.nbytes // max(1, len(tensor.parts))
             self._places |= {name: (tensor, tensor.offset + index * each) for index, name in enumerate(tensor.parts)}
         self._seal = gguf_seal.place(header)
-        self._file = PartFile(path, header, end, lambda: 0 if has_room(path) else end, SMALLER, self._seal)
+        self._file = PartFile(path, header, end, lambda: 0 if has_room(path) else end, SMALLER, self._seal, resumed)
         try:
             storage.sync_folder(self.folder)
             if not self._file.finished:
@@ -112,6 +114,10 @@ class GgufWriter:
         """What read_back gives after write(name, tensor): a norm to which GGUF adds one is rounded by that."""
         stored, _ = self._places[name]
         return self._decoded(name, self._encoded(name, tensor.detach().cpu(), stored), stored)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.path.name]
 
     @property
     def finished(self) -> bool:

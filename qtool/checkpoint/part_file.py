@@ -26,16 +26,19 @@ class PartFile:
     """Makes or continues `path`. Raises StorageError, and OutputError for a file with another header.
 
     needed: tells how many bytes of the whole output have no room yet.  smaller: what to do where so large a file cannot
-    be.  late: what of the header is written last.  finished: it has its name and cannot be written.
+    be.  late: what of the header is written last.  resumed: it must be there, with tensors in it.  finished: it has its
+    name and cannot be written.
     """
 
     def __init__(self, path: Path, header: bytes, size: int, needed: Callable[[], int], smaller: str,
-                 late: slice = slice(0)) -> None:
+                 late: slice = slice(0), resumed: bool = False) -> None:
         self.path, self.smaller = path, smaller
         self.finished = path.exists()
         self._descriptor, self._dirty = -1, not self.finished  # what a killed run wrote may not be on the disk yet
         part = path.with_name(path.name + PART)
         place = path if self.finished else part
+        if resumed and not place.exists():
+            raise OutputError(f"{place}: is missing, and with it tensors that were finished; --restart begins again")
         try:
             if not self.finished and not part.exists():
                 _create(part, header, size)

@@ -71,6 +71,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.origin}: tensor '{name}' {list(spec.shape)} has no rows {start} to {stop}")
         return self.fetch(name, start, stop)
 
+    @property
+    def published(self) -> str | None:
+        """org/name@commit of a Hub repository; None for local files, as where these lie is no part of their bytes."""
+        return self.origin if self.kind == "hub" else None
+
     def companions(self) -> list[Path]:
         """The small files that go with the model into every copy of it, sorted by name."""
         names = companion_names(sorted(path.name for path in files_in(self.directory)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,15 +51,20 @@ def write_all(descriptor: int, buffer: memoryview | bytes, offset: int) -> None:
 
 def sha256_files(paths: Mapping[str, Path]) -> dict[str, str]:
     """The sha256 of each file in hex, two files at a time (hashing releases the interpreter lock)."""
+    stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(paths, pool.map(sha256_file, paths.values()), strict=True))
+        try:
+            return dict(zip(paths, pool.map(lambda path: sha256_file(path, stop), paths.values()), strict=True))
+        finally:
+            stop.set()  # a stopped command does not wait for large files
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """stop: set from another thread, it ends this one before its time."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+            while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
                 digest.update(buffer[:count])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

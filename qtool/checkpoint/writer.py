@@ -76,9 +76,12 @@ def header_bytes(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
 
 
 class ShardWriter:
-    """Opens or continues the files of `shards` in `folder`. Raises StorageError, and OutputError for foreign files."""
+    """Opens or continues the files of `shards` in `folder`; resumed: they must be there.
 
-    def __init__(self, folder: Path, shards: Iterable[Shard], metadata: Mapping[str, str] | None = None) -> None:
+    Raises StorageError, and OutputError for foreign and missing files."""
+
+    def __init__(self, folder: Path, shards: Iterable[Shard], metadata: Mapping[str, str] | None = None,
+                 resumed: bool = False) -> None:
         self.folder = folder
         self.shards = list(shards)
         self._places: dict[str, tuple[TensorSpec, Shard, int]] = {}
@@ -89,7 +92,7 @@ class ShardWriter:
                 header = b"" if shard.bare else header_bytes(shard.specs, metadata)
                 size = self._place(shard, len(header))
                 self._files[shard.file_name] = PartFile(folder / shard.file_name, header, size, self._outstanding,
-                                                        SMALLER)
+                                                        SMALLER, resumed=resumed)
             storage.sync_folder(folder)
         except (OutputError, StorageError, OSError):
             self.close()
@@ -105,6 +108,11 @@ class ShardWriter:
         """The tensor as it is in the file now (zeros where it has not been written)."""
         spec, file, offset = self._use(name)
         return file.read(spec, offset)
+
+    @property
+    def names(self) -> list[str]:
+        """The files that there are in the end."""
+        return [shard.file_name for shard in self.shards] + ([INDEX] if len(self.shards) > 1 else [])
 
     def place(self, name: str) -> tuple[int, int]:
         """(offset in its file, bytes) of a tensor."""

@@ -8,12 +8,14 @@ sha256 of its bytes; it is written aside and renamed, and one that is not whole 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,20 +75,33 @@ def key(source: Source, tokens: str, setting: Setting) -> str:
 
 
 def save(path: Path, name: str, exits: Exits) -> None:
-    """Write the exits of key `name`; `path` appears only when complete. Raises OSError."""
+    """Write the exits of key `name`; `path` appears only when complete. Raises OSError.
+
+    Until then a part is locked; one that is not was left by a process that was killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("*.part"):
+        _remove_unlocked(old)
     header = _header(exits.store, name, exits.as_tuple, _digest(exits.store))
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(len(header).to_bytes(8, "little") + header)
             for window in range(exits.store.shape[0]):
                 file.write(_row(exits.store, window))
             file.flush()
             os.fsync(file.fileno())
-        Path(part).replace(path)
+            Path(part).replace(path)
     finally:
         Path(part).unlink(missing_ok=True)
+
+
+def _remove_unlocked(part: Path) -> None:
+    with suppress(OSError), part.open("rb") as file:  # gone, or locked
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_size:  # an empty one may be about to be locked
+            part.unlink()
 
 
 def load(path: Path, name: str, empty: Callable[[], StreamStore]) -> Exits | None:
