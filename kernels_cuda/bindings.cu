@@ -6,11 +6,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <tuple>
 
 #include "kernels.cuh"
 
 namespace {
+
+constexpr bool kHost = false;  // values of device memory: qtool/ops/checks.py looks at them
 
 // On the tensor's device and on torch's current stream there; nothing waits for the kernel.
 template <class Launch, class... Arguments>

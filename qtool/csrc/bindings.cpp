@@ -3,10 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <tuple>
 #include <vector>
@@ -17,6 +19,7 @@ namespace {
 
 const Kernels* active = choose_kernels("");
 
+constexpr bool kHost = true;
 constexpr int64_t kGrain = 16;  // rows per thread at least: the width of the widest tile
 
 // Over torch's threads. Memory that runs out in one of them is std::bad_alloc here too, and MemoryError in Python: torch
@@ -64,6 +67,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fit_blocks(Tensor weight, Tensor impo
                                                       int64_t super, int64_t sub, int64_t scale_low, int64_t scale_high,
                                                       int64_t mins, int64_t steps, int64_t rounds, double energy,
                                                       bool uniform) {
+  matrix(weight, ScalarType::Float, "weight");
+  sized(importance, ScalarType::Float, {weight.size(1)}, weight, "importance");
+  groups_of(weight, super);
+  level_table(levels, edges, weight);
+  searches(steps, rounds);
+  require(super <= 256 && sub > 0 && super % sub == 0 && super / sub <= 16, "a block has at most 16 parts of 256");
+  require(-128 <= scale_low && scale_low <= scale_high && scale_high <= 127 && (scale_low < 0 || scale_high > 0) &&
+              between(mins, 0, 255) && energy >= 0,
+          "the range of scales, mins or energy is out of range");
   const int64_t rows = weight.size(0), columns = weight.size(1);
   Tensor d = make(weight, rows, columns / super, ScalarType::Float);
   Tensor dmin = make(weight, rows, columns / super, ScalarType::Float);
@@ -77,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fit_blocks(Tensor weight, Tensor impo
 
 // fields int32 [count, 5]: see packing.cpp. Every block is independent.
 Tensor packed_fields(Tensor parts, Tensor fields, int64_t size) {
+  matrix(parts, ScalarType::Byte, "parts");
+  field_table(fields, parts, parts.size(1), size);
   const int64_t blocks = parts.size(0);
   Tensor packed = make(parts, blocks, size, ScalarType::Byte);
   run(parts, KERNEL(pack_fields), blocks, bytes(parts), fields.const_data_ptr<int32_t>(), fields.size(0), parts.size(1),
@@ -85,6 +99,8 @@ Tensor packed_fields(Tensor parts, Tensor fields, int64_t size) {
 }
 
 Tensor unpacked_fields(Tensor packed, Tensor fields, int64_t width) {
+  matrix(packed, ScalarType::Byte, "packed");
+  field_table(fields, packed, width, packed.size(1));
   const int64_t blocks = packed.size(0);
   Tensor parts = make(packed, blocks, width, ScalarType::Byte);
   run(packed, KERNEL(unpack_fields), blocks, bytes(packed), fields.const_data_ptr<int32_t>(), fields.size(0), width,

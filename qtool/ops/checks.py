@@ -12,6 +12,8 @@ MAX_BLOCK = 256  # columns of solve_columns and refine_columns, kMaxColumns in c
 # ScaleType there; the last two only for grids of levels
 SCALE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu)
 MAX_LEVELS = 256
+MAX_SEARCH = 10_000  # steps and rounds
+MAX_FIELDS = 1 << 16  # bytes of a block of bit fields
 MAX_PRODUCTS = 1 << 17  # of two signed bytes, whose sum fits into 32 bits
 
 
@@ -28,7 +30,7 @@ def fit_affine(weight: torch.Tensor, importance: torch.Tensor, group: int, bits:
     require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
             f"importance {shape(importance)} for weight {shape(weight)}")
     between("scale_type", scale_type, 0, 2)
-    require(steps >= 1 and rounds >= 0, f"shrink_steps {steps}, rounds {rounds}")
+    searches(steps, rounds)
     require(0 < shrink_min <= 1, f"shrink_min is {shrink_min}, not above 0 and at most 1")
     one_device(weight, importance)
 
@@ -67,8 +69,8 @@ def fit_levels(weight: torch.Tensor, importance: torch.Tensor, values: torch.Ten
     require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
             f"importance {shape(importance)} for weight {shape(weight)}")
     between("scale_type", scale_type, 0, len(SCALE_TYPES) - 1)
-    require(steps >= 1 and rounds >= 0 and 0 < shrink_min <= 2 and top > 0,
-            f"shrink_steps {steps}, rounds {rounds}, shrink_min {shrink_min}, top {top}")
+    searches(steps, rounds)
+    require(0 < shrink_min <= 2 and top > 0, f"shrink_min {shrink_min}, top {top}")
     levels(values, edges)
     one_device(weight, importance, values, edges)
 
@@ -113,7 +115,8 @@ def fit_blocks(weight: torch.Tensor, importance: torch.Tensor, values: torch.Ten
     between("mins", mins, 0, 255)
     require(importance.shape == weight.shape[1:] and importance.dtype == torch.float32,
             f"importance {shape(importance)} for weight {shape(weight)}")
-    require(steps >= 1 and rounds >= 0 and energy >= 0, f"steps {steps}, rounds {rounds}, energy {energy}")
+    searches(steps, rounds)
+    require(energy >= 0, f"energy {energy}")
     levels(values, edges)
     one_device(weight, importance, values, edges)
 
@@ -157,7 +160,8 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int, transposed: bool) -
 
 def field_table(fields: torch.Tensor, width: int, size: int) -> None:
     matrix("fields", fields, torch.int32)
-    require(fields.shape[1] == 5 and width >= 0 and size >= 0, f"fields {shape(fields)}, width {width}, size {size}")
+    require(fields.shape[1] == 5 and 0 <= width <= MAX_FIELDS and 0 <= size <= MAX_FIELDS,
+            f"fields {shape(fields)}, width {width}, size {size}")
 
 
 def field_values(fields: torch.Tensor, width: int, size: int) -> None:
@@ -180,6 +184,10 @@ def code_values(codes: torch.Tensor, values: torch.Tensor) -> None:
     if codes.numel():
         top = int(codes.max())
         require(top < len(values), f"code {top} for {len(values)} levels")
+
+
+def searches(steps: int, rounds: int) -> None:
+    require(1 <= steps <= MAX_SEARCH and 0 <= rounds <= MAX_SEARCH, f"steps {steps}, rounds {rounds}")
 
 
 def require(right: bool, text: str) -> None:

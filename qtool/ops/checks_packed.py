@@ -25,7 +25,7 @@ def multiply_packed(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, o
                     levels: torch.Tensor, kind: int, outputs: int, group: int, rounded: bool) -> None:
     require(x.dim() == 2 and x.dtype == torch.float32, f"x is {x.dtype} {shape(x)}, not float32 [T, K]")
     packed(words, scale, offset, levels, kind, x.shape[1], group)
-    require(words.shape[0] == -(-outputs // TILE), f"{words.shape[0]} tiles for {outputs} outputs")
+    require(outputs >= 0 and words.shape[0] == -(-outputs // TILE), f"{words.shape[0]} tiles for {outputs} outputs")
     one_device(x, words, scale, offset, levels)
 
 
@@ -43,7 +43,8 @@ def packed(words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, level
     tiles, chunks, bits, _ = words.shape
     legal = {INTEGERS: (2, 3, 4, 5, 6, 7, 8, 16, 32), TABLE: (4,), SMALL_FLOATS: (8,)}.get(kind, ())
     require(bits in legal, f"kind {kind} of {bits} bits")
-    require(columns % 8 == 0 and chunks == -(-columns // TILE), f"{chunks} chunks for {columns} columns")
+    require(columns >= 0 and columns % 8 == 0 and chunks == -(-columns // TILE),
+            f"{chunks} chunks for {columns} columns")
     require(group % 8 == 0 and (group > 0 or columns == 0) and (not group or columns % group == 0),
             f"group {group} for {columns} columns")
     wanted = (tiles, columns // group if group else scale.shape[1] if scale.dim() == 3 else 0, TILE)
@@ -72,6 +73,7 @@ def block(columns: int, weights: Sequence[torch.Tensor], layout: Sequence[int], 
     heads, _, size = keys.shape
     outputs = layout[2::3]
     require(window > 0 and size > 0 and size % 2 == 0 and heads > 0, f"window {window}, {heads} heads of {size}")
+    require(columns > 0 and min(outputs) > 0, f"{columns} columns, outputs {list(outputs)}")
     require(outputs[0] % (heads * size) == 0 and outputs[1] == outputs[2] == heads * size,
             f"{outputs[0]} queries, {outputs[1]} keys and {outputs[2]} values for {heads} heads of {size}")
     require(outputs[3] == outputs[6] == columns and outputs[4] == outputs[5], f"outputs {list(outputs)}")

@@ -99,7 +99,7 @@ BYTE, ONE = torch.ones(2, 1, dtype=torch.uint8), torch.ones(2, 1)
     (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(31), 16, 4, True, torch.float32), r"importance \[31\]"),
     (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 9, True, torch.float32), "bits is 9"),
     (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.int8), "scale_dtype torch.int8"),
-    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.float16, 0), "shrink_steps 0"),
+    (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.float16, 0), "steps 0"),
     (lambda: ops.fit_affine(torch.ones(2, 32), torch.ones(32), 16, 4, True, torch.float16, 2, 0.0), "shrink_min"),
     (lambda: ops.fit_affine(torch.ones(2, 32).int(), torch.ones(32), 16, 4, True, torch.float32), "floating point"),
     (lambda: ops.round_affine(torch.ones(2, 32), ONE, ONE, 32, 4), "not uint8"),
