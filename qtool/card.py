@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qtool.escape import code, fenced, markdown
 from qtool.recipe import scheme_label
 
 HUB_ORIGIN = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{7,64})")
@@ -23,14 +24,14 @@ def text(manifest: Mapping[str, Any], loaders: Sequence[tuple[str, str]]) -> str
     recipe, totals = manifest["recipe"], manifest["totals"]
     title = f"{name}, {_how(manifest)}"
     parts = [
-        _front_matter(manifest, base), f"# {title}\n",
-        f"Made by qtool {manifest['qtool']} from {_link(name, base)}. "
+        _front_matter(manifest, base), f"# {markdown(title)}\n",
+        f"Made by qtool {markdown(manifest['qtool'])} from {_link(name, base)}. "
         "`manifest.json` holds the hashes of the source files"
         + (", the whole recipe and the error of every layer.\n" if manifest["layers"] else ".\n"),
         _sizes(totals), _errors(manifest["layers"]), _kept(manifest["kept"]), _loading(loaders),
     ]
     if recipe is not None:
-        parts.append("## Recipe\n\n```yaml\n" + yaml.safe_dump(_plain(recipe), sort_keys=False).strip() + "\n```\n")
+        parts.append(f"## Recipe\n\n{fenced(yaml.safe_dump(_plain(recipe), sort_keys=False), 'yaml')}\n")
     parts += [_calibration(manifest["calibration"]), _redone(manifest.get("redone", ()))]
     return "\n".join(part for part in parts if part)
 
@@ -42,7 +43,7 @@ def _base(source: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _link(name: str, base: str | None) -> str:
-    return f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`"
+    return f"[{base}](https://huggingface.co/{base})" if base else code(name)
 
 
 def _how(manifest: Mapping[str, Any]) -> str:
@@ -88,8 +89,8 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> str:
     for (kind, scheme), errors in kinds.items():
         errors.sort()
         worst, where = errors[-1]
-        rows.append(f"| {kind} | {len(errors)} | {scheme} | {100 * errors[len(errors) // 2][0]:.3g} % | "
-                    f"{100 * worst:.3g} % | {where} |\n")
+        rows.append(f"| {markdown(kind)} | {len(errors)} | {markdown(scheme)} | "
+                    f"{100 * errors[len(errors) // 2][0]:.3g} % | {100 * worst:.3g} % | {markdown(where)} |\n")
     head = "| linear | count | scheme | median | worst | where |\n|---|---:|---|---:|---:|---|\n"
     return f"## Error\n\n{what}.\n\n{head}{''.join(rows)}"
 
@@ -102,8 +103,8 @@ def _kept(kept: Sequence[Mapping[str, str]]) -> str:
         return ""
     lines = []
     for reason, names in reasons.items():
-        shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"- {shown}: {reason}\n")
+        shown = ", ".join(map(code, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"- {shown}: {markdown(reason)}\n")
     return "## Linears that are not quantized\n\n" + "".join(lines)
 
 
@@ -116,8 +117,8 @@ def _loading(loaders: Sequence[tuple[str, str]]) -> str:
 def _calibration(used: Mapping[str, Any] | None) -> str:
     if not used:
         return ""
-    return (f"Calibrated on {used['samples']} × {used['sequence_length']} tokens of `{used['source']}` "
-            f"(sha256 of the tokens: `{used['sha256']}`).\n")
+    return (f"Calibrated on {used['samples']} × {used['sequence_length']} tokens of {code(used['source'])} "
+            f"(sha256 of the tokens: {code(used['sha256'])}).\n")
 
 
 def _redone(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -128,8 +129,9 @@ def _redone(entries: Sequence[Mapping[str, Any]]) -> str:
         steps = "+".join(next(iter(step)) for step in one["recipe"]["steps"])
         used = one["calibration"]
         text = f", calibrated on {used['samples']} × {used['sequence_length']} tokens" if used else ""
-        patterns = ", ".join(f"`{pattern}`" for pattern in one["patterns"])
-        lines.append(f"- {patterns}: {len(names)} linears to {', '.join(labels)} with {steps}{text}\n")
+        patterns = ", ".join(map(code, one["patterns"]))
+        what = f"{', '.join(labels)} with {steps}"
+        lines.append(f"- {patterns}: {len(names)} linears to {markdown(what)}{text}\n")
     return "## Redone\n\nThe linears that match, and nothing else, were made again from the original weights.\n\n" \
         + "".join(lines) if lines else ""
 

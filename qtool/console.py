@@ -25,6 +25,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from qtool.errors import StorageError
+from qtool.escape import cell, clean
 from qtool.units import clock, percent, size, span
 
 if TYPE_CHECKING:
@@ -130,11 +131,11 @@ def show_text(text: str) -> None:
 
 
 def show_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """A result for spreadsheets; missing figures are empty."""
+    """A result for spreadsheets; missing figures are empty, and no text is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([["" if row.get(key) is None else row[key] for key in columns] for row in rows])
+    writer.writerows([["" if row.get(key) is None else cell(row[key]) for key in columns] for row in rows])
     show_text(text.getvalue())
 
 
@@ -280,7 +281,7 @@ class Lines:
 
     def _line(self, text: str) -> None:
         target = Unwatched(sys.stderr)
-        target.write(text + "\n")
+        target.write(clean(text) + "\n")
         target.flush()
 
 

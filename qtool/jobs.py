@@ -103,7 +103,14 @@ def load(path: Path) -> Jobs:
         raise RecipeError(f"{path}: " + "; ".join(map(_complaint, error.errors()))) from None
     places: dict[Path, int] = {}
     for number, job in enumerate(made.jobs, 1):
-        place = (made.out / job.output).resolve()
+        try:
+            folder, place = made.out.resolve(), (made.out / job.output).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"{path}: job {number} names no possible file: {error}; see its model, out and "
+                              "name") from None
+        if folder not in place.parents:
+            raise RecipeError(f"{path}: job {number} would write to {made.out / job.output}, outside of {made.out}, "
+                              "the folder of all outputs; give it a name in there")
         if place in places:
             raise RecipeError(f"{path}: jobs {places[place]} and {number} would both write to {made.out / job.output}; "
                               "give one of them an out, or its recipe a name")

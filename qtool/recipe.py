@@ -34,7 +34,7 @@ RUN_TIME = {"token": "-dynamic", "group": "-dynamic", "tensor": "-static"}  # in
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Scheme(Strict):
@@ -132,7 +132,7 @@ class Budget(Strict):
         if not isinstance(value, str):
             return value
         found = SIZE.fullmatch(value.strip())
-        if found is None:
+        if found is None or len(found["number"]) > 15:
             raise ValueError("a size is a number with kB, MB, GB or TB (or KiB, MiB, GiB, TiB), such as 4.2GB")
         power = "KMGT".index(found["unit"].upper()) + 1
         if len(found["number"]) > MAX_DIGITS:
@@ -201,7 +201,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     kv_cache: Literal["fp8"] | None = None  # calibrated scales for engines that keep keys and values in FP8
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)
     memory_budget_gb: float = Field(4.0, gt=0)  # activations past this go to a memory-mapped file
     shard_gb: float = Field(4.0, gt=0)
     keep_statistics: bool = False  # those that the linears are solved on, beside them, for a --redo without text

@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from qtool.escape import markdown as escaped
 from qtool.report import stacked
 from qtool.units import percent, size
 
@@ -76,7 +77,7 @@ def _wide(titles: Sequence[str], rows: Sequence[Sequence[str]], sentence: bool =
 
 def markdown(data: Mapping[str, Any]) -> str:
     """The same tables in Markdown, a line that says what was measured above them."""
-    pieces = [heading(data), _markdown(*main_table(data))]
+    pieces = [escaped(heading(data)), _markdown(*main_table(data))]
     if data["against"]:
         pieces.append(_markdown(*distances(data)))
     return "\n\n".join(pieces) + "\n"
@@ -159,5 +160,5 @@ def _mean(found: Mapping[str, float] | None, form: str) -> str:
 
 
 def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [list(map(escaped, titles)), ["---"] * len(titles), *[list(map(escaped, row)) for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qtool.escape import clean
 from qtool.heatmap import Cells, Measure, Row, Scale, ink, short
-from qtool.html_report.markup import Element, clean, drawing
+from qtool.html_report.markup import Element, drawing
 
 VEGA_LITE = "6.1"
 WIDE, CELL, MOST_CELL = 974, 26, 56  # pixels: a map's width with its labels, the height of its rows, its widest cell

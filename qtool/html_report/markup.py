@@ -6,17 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree
 
+from qtool.escape import clean
+
 Element = ElementTree.Element
 Piece = Element | str | None
-# what XML and UTF-8 cannot hold (controls, halves of surrogate pairs), and marks that turn the reading direction
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 LONG_NUMBERS = re.compile(r"\d+\.\d{3,}")  # of coordinates, in pixels
 REFERENCES = re.compile(r"url\(#([^)]+)\)")
-
-
-def clean(text: str) -> str:
-    """The text with a replacement character for each that cannot be shown."""
-    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def percent(share: float | None) -> str:
