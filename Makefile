@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := demo
+FUZZ_SECONDS := 60
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build browser demo test test-trust test-loaders test-ray test-gpu check bench clean
+.PHONY: help build browser demo test test-trust test-loaders test-ray test-gpu fuzz sanitize check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +51,13 @@ test-ray: $(READY)  ## jobs on a local Ray cluster of two nodes, one of them kil
 
 test-gpu: $(READY)  ## every op and a small run on an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: $(READY)  ## every parser under a coverage-guided fuzzer (FUZZ_SECONDS each, FUZZ="one another": only these)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]' --no-build-isolation
+	PYTHON=$(BIN)/python bash tests/fuzz/fuzz.sh $(FUZZ_SECONDS) $(FUZZ)
+
+sanitize: $(READY)  ## the native ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	PYTHON=$(BIN)/python bash tests/sanitize.sh
 
 check: $(READY)  ## ruff, the structure rules, mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent
 CPU_SOURCES = [f"qtool/csrc/{path.name}" for path in sorted((ROOT / "qtool" / "csrc").glob("*.cpp"))]
 CUDA_SOURCES = [f"kernels_cuda/{path.name}" for path in sorted((ROOT / "kernels_cuda").glob("*.cu"))]
 ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # PyTorch 2.11
+SANITIZERS = ["-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all",
+              "-fno-omit-frame-pointer"]
 # Ampere and Hopper as machine code (8.6 and 8.9 run that of 8.0); newer GPUs compile the PTX when they load it
 ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
                  "-gencode=arch=compute_90,code=compute_90"]
@@ -39,7 +41,17 @@ def nvcc_command(source, target, include):
 
 
 class BuildNative(build_ext):
-    """An extension without a Python module in it: a library whose kernels register themselves when it is loaded."""
+    """An extension without a Python module in it: a library whose kernels register themselves when it is loaded.
+
+    --sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer, for tests/sanitize.sh; a failure is an error then.
+    """
+
+    user_options = [*build_ext.user_options, ("sanitize", None, "build with the sanitizers of the compiler")]
+    boolean_options = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.sanitize = False
 
     def run(self):
         folder, cuda = torch_folder()
@@ -49,6 +61,8 @@ class BuildNative(build_ext):
         try:
             self.build_one(folder, cuda and shutil.which("nvcc") is not None)
         except (OSError, subprocess.CalledProcessError) as error:
+            if self.sanitize:
+                raise
             print(f"qtool: the kernels could not be built ({error}); the pure-torch ops will run", file=sys.stderr)
 
     def build_one(self, folder, cuda):
@@ -60,6 +74,8 @@ class BuildNative(build_ext):
         # no contraction into fused multiply-add: every instruction set must give the same bits
         flags = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
                  "-Wno-psabi", *ABI, f"-I{folder / 'include'}"]
+        sanitizers = SANITIZERS if self.sanitize else []
+        flags += ["-O1", *sanitizers] if self.sanitize else []
         objects, running = [], []
         for source in CPU_SOURCES:
             objects.append(str(work / (Path(source).stem + ".o")))
@@ -75,7 +91,7 @@ class BuildNative(build_ext):
         if cuda:  # nvcc links its runtime in, so that its version need not be the one that PyTorch brings
             linker = "nvcc"
             libraries.append("-ltorch_cuda")
-        subprocess.run([linker, "-shared", *objects, "-o", str(target), *libraries], check=True, cwd=ROOT)
+        subprocess.run([linker, "-shared", *sanitizers, *objects, "-o", str(target), *libraries], check=True, cwd=ROOT)
 
     def get_outputs(self):
         target = self.get_ext_fullpath("qtool._native")

@@ -77,10 +77,18 @@ class Checkpoint:
         return self.origin if self.kind == "hub" else None
 
     def companions(self) -> list[Path]:
-        """The small files that go with the model into every copy of it, sorted by name."""
+        """The small files that go with the model into every copy of it, sorted by name. Raises CheckpointError for one
+        that is a link to somewhere else: what is copied, and perhaps published, belongs to the model."""
         names = companion_names(sorted(path.name for path in files_in(self.directory)))
-        return [path for path in (self.directory / name for name in names)
-                if path.stat().st_size <= MAX_COMPANION_BYTES]
+        found = [path for path in (self.directory / name for name in names)
+                 if path.stat().st_size <= MAX_COMPANION_BYTES]
+        whole = self.directory.resolve()
+        whole = whole.parent.parent if whole.parent.name == "snapshots" else whole  # of the cache: links to its blobs
+        for path in found:
+            if whole not in path.resolve().parents:
+                raise CheckpointError(f"{path}: is a link to {path.resolve()}, outside of {self.directory}; put the "
+                                      "file itself in its place, or remove it")
+        return found
 
     def hashes(self) -> dict[str, str]:
         """File name -> sha256 of the weights, their index and the config; computed once."""
@@ -165,7 +173,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory}: there is no config.json; give the folder that holds config.json and the "
                               ".safetensors files, a .gguf file, or a Hub id such as org/name")
-    return read_json(path, MAX_CONFIG_BYTES)
+    return checked(read_json(path, MAX_CONFIG_BYTES), str(path))
 
 
 def is_pickle(name: str) -> bool:

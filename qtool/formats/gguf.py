@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qtool import found, ops
-from qtool.errors import NumericalError
+from qtool.errors import CheckpointError, NumericalError
 from qtool.formats._defaults import check_together as check_together
 from qtool.formats._defaults import extra_files as extra_files
 from qtool.formats._defaults import fused_conflicts as fused_conflicts
@@ -76,7 +76,7 @@ def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | N
 
 def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
            config: Mapping[str, Any] | None = None) -> QuantizedTensor:
-    """The codes and scales of one linear [N, K]."""
+    """The codes and scales of one linear [N, K]. Raises CheckpointError for bits that no quantizer writes."""
     grid, (table, width, size) = found.load("grids", scheme.grid), fields(scheme.grid)
     where, (rows, columns) = f"{linear_name}.weight", shape
     per_row = columns // grid.super
@@ -89,6 +89,9 @@ def unpack(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int],
         codes = _from_bytes(parts[:, :52])
     else:
         codes = parts[:, :grid.super] ^ 128 if scheme.grid == "q8_0" else parts[:, :grid.super]
+    if codes.numel() and int(codes.max()) >= len(grid.levels):
+        raise CheckpointError(f"{where}: has a code that {scheme.grid} does not have; the file is damaged, fetch it "
+                              "again")
     scales = mins = torch.full((rows, per_row * subs), 1 if grid.mins else 0, dtype=torch.uint8)
     if grid.scales[0] != grid.scales[1]:
         scales = parts[:, grid.super:grid.super + subs].reshape(rows, -1)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool import mixtures
+from qtool.errors import CheckpointError
 from qtool.formats import gguf as format_
 from qtool.formats._ggml_fields import TYPES, fields
 from qtool.grids.ggml import MEMBERS
@@ -100,3 +101,14 @@ def test_statistics_and_shapes_change_some_types() -> None:
     assert mixtures.choose("q4_0", "output", 0, 1024, calibrated) == "q6_k"
     assert mixtures.choose("tq2_0", "token_embd", 0, 1024, calibrated) == "q4_k"
     assert mixtures.choose("q4_k_m", "ffn_up", 0, 40, calibrated) is None
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_blocks_of_any_bits_are_decoded_or_refused(name: str) -> None:
+    """Two bits can say 3, and tq2_0 has three levels."""
+    grid, stored = MEMBERS[name], torch.full((1, TYPES[name][1]), 255, dtype=torch.uint8)
+    if name == "tq2_0":
+        with pytest.raises(CheckpointError, match="has a code that tq2_0 does not have"):
+            format_.unpack("x", lambda _: stored, grid.scheme, (1, grid.super))
+    else:
+        assert format_.dequantize("x", lambda _: stored, grid.scheme, (1, grid.super)).shape == (1, grid.super)
