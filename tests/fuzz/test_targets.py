@@ -31,9 +31,9 @@ def test_the_corpus_and_what_is_near_it(name: str) -> None:
             changed[random_.randrange(len(data))] = random_.choice(b'\x00\xff\x7f"{}[]0-9:,')
             near.append(bytes(changed))
         for one in near:
-            began = time.monotonic()
+            began = time.process_time()
             targets.TARGETS[name](one)
-            assert time.monotonic() - began < 20
+            assert time.process_time() - began < 20
 
 
 def test_another_exception_is_a_crash() -> None:

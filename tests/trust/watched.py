@@ -1,8 +1,8 @@
 """Runs qtool commands in this process and tells what they did: python -m tests.trust.watched FILE < COMMANDS
 
 COMMANDS: a JSON list of lists of words.  FILE gets JSON: the `statuses` of the commands; `events`, what Python's audit
-hooks told of files that were opened, processes, connections and classes that pickle looked for; `modules`, the files that
-modules came from. A connection is refused.
+hooks told of files that were opened, processes, connections and classes that pickle looked for; `modules`, the files
+that modules came from. A connection is refused.
 """
 
 from __future__ import annotations
