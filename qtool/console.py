@@ -103,8 +103,8 @@ def reopen() -> None:
 def show(result: RenderableType) -> None:
     """A result for people."""
     target, text = console(), io.StringIO()
-    Console(file=text, width=target.width, force_terminal=target.is_terminal, markup=False, highlight=False,
-            emoji=False, color_system=cast(Any, target.color_system)).print(result)
+    Clean(file=text, width=target.width, force_terminal=target.is_terminal, markup=False, highlight=False,
+          emoji=False, color_system=cast(Any, target.color_system)).print(result)
     show_text(text.getvalue())
 
 
