@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -31,7 +30,6 @@ from qtool.units import clock, percent, size, span
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # with those of direction
 PIPE_WIDTH = 240  # columns of a table that goes to no terminal; a narrow one stays narrow
 Step = Callable[[int, int, str], None]  # done, total, what is at hand
 
@@ -41,12 +39,7 @@ class _Safe(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for text, style, control in super().render(renderable, options):
-            yield Segment(text if control else visible(text), style, control)
-
-
-def visible(text: str) -> str:
-    """The text with ? for control characters but line ends and tabs."""
-    return text if text.isprintable() else CONTROL.sub("?", text)
+            yield Segment(text if control else clean(text), style, control)
 
 
 def console(stderr: bool = False) -> Console:
@@ -103,8 +96,8 @@ def reopen() -> None:
 def show(result: RenderableType) -> None:
     """A result for people."""
     target, text = console(), io.StringIO()
-    Clean(file=text, width=target.width, force_terminal=target.is_terminal, markup=False, highlight=False,
-          emoji=False, color_system=cast(Any, target.color_system)).print(result)
+    Console(file=text, width=target.width, force_terminal=target.is_terminal, markup=False, highlight=False,
+            emoji=False, color_system=cast(Any, target.color_system)).print(result)
     show_text(text.getvalue())
 
 
@@ -119,7 +112,7 @@ def show_text(text: str) -> None:
     Ends the program as SIGPIPE would where its reader has gone; raises StorageError.
     """
     try:
-        sys.stdout.write(visible(text))
+        sys.stdout.write(clean(text))
         sys.stdout.flush()
     except BrokenPipeError:
         _drop(sys.stdout)
@@ -281,7 +274,7 @@ class Lines:
 
     def _line(self, text: str) -> None:
         target = Unwatched(sys.stderr)
-        target.write(clean(text) + "\n")
+        target.write(text + "\n")
         target.flush()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 # controls but tab and newline, halves of surrogate pairs, and marks that turn the reading direction or end the text
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 LINE_END = re.compile(r"[\n\t\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]+")
 # what begins emphasis, code, links, HTML, entities, cells, mathematics or mentions in CommonMark or GitHub's dialect
 MARKUP = re.compile(r"[\\`*\[\]<>|&~!@$]|(?<![^\W_])_|_(?![^\W_])|(?<=[a-z]):(?=//)|(?<=\bwww)\.", re.IGNORECASE)

@@ -30,7 +30,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     try:
         lines = read_limited(path, MAX_BYTES).split(b"\n")[:-1]
-        entries = [_checked(json.loads(text)) for text in lines]
+        entries = [_checked(json.loads(text), "stage" if place else "identity") for place, text in enumerate(lines)]
     except FileNotFoundError:
         return [], 0
     except (OSError, ValueError, RecursionError) as error:
@@ -46,8 +46,10 @@ def identity(path: Path) -> dict[str, Any] | None:
     return dict(entries[0]["identity"]) if entries else None
 
 
-def _checked(entry: Any) -> dict[str, Any]:
+def _checked(entry: Any, key: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or entry.pop(DIGEST, None) != _digest(entry):
+        raise ValueError
+    if not isinstance(entry.get(key), str if key == "stage" else dict):
         raise ValueError
     return entry
 

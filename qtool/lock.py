@@ -133,7 +133,7 @@ def _owner(path: Path) -> dict[str, Any]:
     """Whom the file names; opened anew, so that a network file system looks at the server's."""
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace") or "{}")
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {"pid": found}
 

@@ -16,10 +16,6 @@ NUMBER = re.compile(r"[-+]?(\.[0-9]{1,40}|[0-9]{1,400}(\.[0-9]{0,40})?)([eE][-+]
 KEPT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")
 
 
-def _line(where: Any) -> str:
-    return f"line {where.start_mark.line + 1}"
-
-
 class _Loader(yaml.SafeLoader):
     """safe_load of what JSON could say too: no tags, no aliases (no exponential documents), no duplicate keys, no
     dates, and numbers as YAML 1.2 has them (not base 60, in which a long text is slow)."""
@@ -46,15 +42,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key '{key.value}' is given twice, line {key.start_mark.line + 1}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        value: int = super().construct_yaml_int(node)
-        if abs(value) >= 1 << 63:
-            raise yaml.YAMLError(f"a number has more than 64 bits, {_line(node)}")
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"(?:{WHOLE.pattern})$"), list("-+0123456789"))

@@ -1,4 +1,4 @@
-"""What a checkpoint says is shown as text: read back by parsers of Markdown and CSV, and by what a terminal gets."""
+"""What a checkpoint says is shown as text: read back by parsers of Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -101,17 +101,3 @@ def test_no_cell_of_a_csv_is_a_formula(text: str, capsys: pytest.CaptureFixture[
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert rows[0] == ["name", "error", "scheme"] and rows[1][1:] == ["-0.5", "int4"] and len(rows) == 2
     assert rows[1][0].startswith("'") and rows[1][0].endswith(text.strip()[-1])
-
-
-def test_nothing_shown_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    bad = "a\x1b]0;title\x07\x1b[2J\x9b31mb\rc\x08\u202ed\ud800e"
-    console.error(bad)
-    console.note(bad)
-    console.show(report_eval.evaluated({"text": {"windows": 1, "context": 2, "source": bad}, "compute_dtype": "f",
-                                        "device": "cpu", "against": None, "notes": [bad], "models": [
-        {"name": bad, "scheme": bad, "weight_bytes": 5, "bits_per_weight": 4.0, "of_fp16": 0.5, "perplexity": 8.0,
-         "perplexity_interval": None, "use_for": bad}]}))
-    console.Lines().message(bad)
-    console.show_csv([{"name": bad}], ["name"])
-    captured = capsys.readouterr()
-    assert not escape.UNPRINTABLE.search(captured.out + captured.err) and captured.err.count("\ufffd") == 18

@@ -105,17 +105,10 @@ def test_budgets_are_bits_or_bytes(given: str, bits: float | None, size: int | N
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("? [a]\n: b", "a key is a list or a mapping, line 1"), ("a: !!python/object:os.system x", "tags (tag:yaml.org"),
-    ("!!int '': 3", "tags"), ("a: !!bool x", "tags"), ("a: !!timestamp x", "tags"), ("a: ! x", "tags (!)"),
-    ("a: 0x_", "not valid YAML"), ("a: 0b_", "not valid YAML"), ("seed: 0x" + "f" * 5000, "more than 64 bits"),
-    ("seed: " + "9" * 5000, "not valid YAML"), ("memory_budget_gb: .inf", "finite"), ("shard_gb: .nan", "finite"),
-    ("budget: " + "9" * 400 + "GB", "a size is a number"), ("seed: 9223372036854775808", "more than 64 bits"),
-    ("name: 2024-13-45", None), ("a: 2024-01-01", "unknown key 'a'"),
+    ("seed: 0x" + "f" * 5000, "seed"), ("seed: " + "9" * 30, "seed"), ("memory_budget_gb: .inf", "finite"),
+    ("shard_gb: .nan", "finite"), ("budget: .inf", "finite"), ("scheme: {outlier_threshold: .nan}", "finite"),
 ])
-def test_yaml_that_the_library_stumbles_over(text: str, words: str | None) -> None:
-    if words is None:
-        assert recipe.parse(text, "r.yaml").name == "2024-13-45"  # a date is text
-        return
-    with pytest.raises(RecipeError) as caught:
+def test_numbers_that_are_none(text: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
         recipe.parse(text, "r.yaml")
-    assert words in str(caught.value) and len(str(caught.value)) < 1000
+    assert len(str(caught.value)) < 1000

@@ -1,16 +1,12 @@
-"""No pickle, no code of a model, no shell, no network, no file outside of a model's folder."""
+"""The source has no pickle, no shell, no code of models, and few ways to the network; trust/test_no_code.py watches."""
 
 from __future__ import annotations
 
 import ast
-import shutil
 from pathlib import Path
 
 import pytest
 
-from qtool.checkpoint import open_checkpoint
-from qtool.errors import CheckpointError
-from tests import tiny
 from tests.test_structure import FILES, parsed
 
 ROOT = Path(__file__).parent.parent
@@ -50,37 +46,3 @@ def _check_call(path: Path, node: ast.Call) -> None:
         said = ast.unparse(keyword.value)
         assert keyword.arg not in ("shell", "allow_pickle") or said == "False", f"{where} {keyword.arg}={said}"
         assert keyword.arg != "trust_remote_code" or said == "False", f"{where} remote code"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make(tmp_path_factory.mktemp("safe") / "model", "llama", num_hidden_layers=1)
-
-
-@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "chat_template.jinja"])
-def test_a_link_out_of_the_directory_is_not_copied(model: Path, tmp_path: Path, name: str) -> None:
-    """What would be copied into the output, and from there to the Hub, is a file of the model."""
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    (tmp_path / "private").write_text("{}")
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to(tmp_path / "private")
-    with pytest.raises(CheckpointError, match=f"{name}: is a link to .*private, outside of .*; put the file itself"):
-        open_checkpoint(str(folder)).companions()
-
-
-def test_links_within_the_directory_and_those_of_the_cache_are_files(model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    folder.mkdir(parents=True)
-    blobs.mkdir()
-    for number, path in enumerate(sorted(model.iterdir())):
-        if path.suffix in (".json", ".safetensors"):
-            shutil.copy(path, blobs / str(number))
-            (folder / path.name).symlink_to(Path("../../blobs") / str(number))
-    (folder / "NOTICE").symlink_to("tokenizer_config.json")
-    other = tmp_path / "link"
-    other.symlink_to(folder)
-    for place in (folder, other):
-        names = [path.name for path in open_checkpoint(str(place)).companions()]
-        assert "tokenizer.json" in names and "NOTICE" in names

@@ -15,7 +15,7 @@ NATIVE = sorted([*(ROOT / "qtool" / "csrc").glob("*"), *(ROOT / "kernels_cuda").
 # who may import whom: a file may import from ranks below its own, and siblings only where named
 RANKS = {
     "errors": 0, "moments": 1, "tensors": 1, "recipe": 1, "found": 1, "heap": 1, "quality": 1, "units": 1,
-    "hadamard": 1, "allocate": 1, "devices": 1, "mixtures": 1, "safe_yaml": 1, "storage": 1, "failures": 2,
+    "hadamard": 1, "allocate": 1, "devices": 1, "mixtures": 1, "safe_yaml": 1, "escape": 1, "storage": 1, "failures": 2,
     "files": 1, "explained": 1, "activations": 2, "ops": 2, "grids": 3, "layer": 3, "repairs": 4,
     "methods": 4, "formats": 4, "models": 4, "checkpoint": 4,
     "manifest": 5, "stages": 5, "estimate": 5, "decode": 5, "budget": 5, "rotate": 5, "plan": 5, "plan_gguf": 5,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qtool.checkpoint.header import AGAIN, printable
-from qtool.errors import CheckpointError
+from qtool.checkpoint.header import AGAIN
+from qtool.errors import CheckpointError, printable
 
 NUMBERS = ("hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings", "num_experts_per_tok")
 NUMBERS_OF_LAYERS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",

@@ -15,7 +15,7 @@ from qtool.checkpoint import gguf_pre
 from qtool.checkpoint.gguf_families import SPACE
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.header import read_json
-from qtool.errors import PlanError
+from qtool.errors import CheckpointError, PlanError, printable
 from qtool.explained import Explained
 
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0  # as in llama.cpp's converter
@@ -23,6 +23,7 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Added tokens that some tokenizers do not mark as special although they are (llama.cpp's converter has the same list)
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 KNOWN_STEPS = ("Prepend", "Replace", "Metaspace", "Split")
+MAX_TOKENS = 8_000_000  # the largest vocabularies have 0.3 million
 AGAIN = "download the file again"
 
 
@@ -71,6 +72,8 @@ def _from_json(path: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
     if model.get("type", "BPE") != "BPE" or not model.get("merges"):
         raise PlanError(f"{path}: is a {model.get('type')} tokenizer; of these llama.cpp reads BPE only; export the "
                         "model to another format")
+    added = tokenizer.get("added_tokens", [])
+    _refuse_numbers(path, [*model["vocab"].values(), *(entry["id"] for entry in added)])
     tokens: list[str | None] = [None] * (1 + max(model["vocab"].values()))
     for text, number in model["vocab"].items():
         tokens[number] = text
@@ -79,8 +82,15 @@ def _from_json(path: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
         made = _sentencepiece(path, tokenizer, tokens, types)
     else:
         made = Vocabulary("gpt2", gguf_pre.rule(path, tokenizer), tokens, types)
-    _apply_added(made, {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}, model.get("unk_token"))
+    _apply_added(made, {entry["id"]: entry for entry in added}, model.get("unk_token"))
     return made
+
+
+def _refuse_numbers(path: Path, numbers: list[Any]) -> None:
+    """A list has a place for each number up to the largest."""
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < MAX_TOKENS:
+            raise CheckpointError(f"{path}: a token has the number {printable(repr(number), 60)}; {AGAIN}")
 
 
 def _sentencepiece(path: Path, tokenizer: Mapping[str, Any], tokens: list[str | None], types: list[int]) -> Vocabulary:
@@ -129,7 +139,9 @@ def _from_sentencepiece(directory: Path) -> Vocabulary:
     made = Vocabulary("llama", "default", [text for text, _, _ in entries], [kind for _, _, kind in entries],
                       [score for _, score, _ in entries],
                       {"add_space_prefix": bool(settings.get("add_prefix_space", True))})
-    _apply_added(made, {int(key): entry for key, entry in settings.get("added_tokens_decoder", {}).items()}, None)
+    added = {int(key): entry for key, entry in settings.get("added_tokens_decoder", {}).items()}
+    _refuse_numbers(directory / "tokenizer_config.json", list(added))
+    _apply_added(made, added, None)
     return made
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qtool.checkpoint.config import checked
 from qtool.checkpoint.header import Placed, read_header, read_json
 from qtool.checkpoint.tensor_io import read_tensor, sha256_files
 from qtool.errors import CheckpointError, printable
@@ -77,18 +78,10 @@ class Checkpoint:
         return self.origin if self.kind == "hub" else None
 
     def companions(self) -> list[Path]:
-        """The small files that go with the model into every copy of it, sorted by name. Raises CheckpointError for one
-        that is a link to somewhere else: what is copied, and perhaps published, belongs to the model."""
+        """The small files that go with the model into every copy of it, sorted by name."""
         names = companion_names(sorted(path.name for path in files_in(self.directory)))
-        found = [path for path in (self.directory / name for name in names)
-                 if path.stat().st_size <= MAX_COMPANION_BYTES]
-        whole = self.directory.resolve()
-        whole = whole.parent.parent if whole.parent.name == "snapshots" else whole  # of the cache: links to its blobs
-        for path in found:
-            if whole not in path.resolve().parents:
-                raise CheckpointError(f"{path}: is a link to {path.resolve()}, outside of {self.directory}; put the "
-                                      "file itself in its place, or remove it")
-        return found
+        return [path for path in (self.directory / name for name in names)
+                if path.stat().st_size <= MAX_COMPANION_BYTES]
 
     def hashes(self) -> dict[str, str]:
         """File name -> sha256 of the weights, their index and the config; computed once."""

@@ -168,7 +168,7 @@ def test_tokenizers_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         keys_of(changed(folder, lambda content: content["added_tokens"].append(
             {**content["added_tokens"][0], "id": 500, "content": "a", "special": False})), 512)
     folder = saved(tmp_path / "b", tiny.tokenizer())
-    with pytest.raises(CheckpointError, match="tokenizer.json: is no usable tokenizer.*download"):
+    with pytest.raises(CheckpointError, match="tokenizer.json: a token has the number .b.; download"):
         keys_of(changed(folder, lambda content: content["model"].update(vocab={"a": "b"})), 512)
     (empty / "tokenizer.model").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
@@ -191,3 +191,16 @@ def test_a_tokenizer_model_is_read_by_the_gguf_package(tmp_path: Path, monkeypat
     assert keys["ggml.scores"] == [0.0, 0.0, -1.5, -2.5, -1000.0, -10000.0]
     assert keys["ggml.token_type"] == [2, 3, 1, 1, 3, 5]
     assert keys["ggml.add_space_prefix"] is False and keys["ggml.bos_token_id"] == 1
+
+
+@pytest.mark.parametrize("number", [1 << 40, -1, 2.5, "3", None, True])
+@pytest.mark.parametrize("added", [True, False])
+def test_numbers_of_tokens_that_no_list_has(tmp_path: Path, number: object, added: bool) -> None:
+    """A list as long as the largest number said was made."""
+    token = {"id": number, "content": "<|end|>", "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2 if added else number}, "merges": [["a", "b"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [token] if added else [],
+                                                         "model": model}))
+    with pytest.raises(CheckpointError, match="tokenizer.json: a token has the number"):
+        gguf_tokenizer.add(GGUFWriter(None, "llama"), tmp_path, {}, 512, None)

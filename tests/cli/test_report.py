@@ -40,7 +40,7 @@ def pages(gptq: Path, rtn: Path) -> Path:
     bad = gptq.parent / DIRECTORY
     shutil.copytree(rtn, bad)
     record = manifest.load(bad)
-    record["source"]["name"] = HOSTILE + "\ud800\x1b\u202e"
+    record["source"]["name"] = HOSTILE + "\ufffe\x1b\u202e"
     record["recipe"]["name"] = record["recipe"]["steps"][0]["rtn"]["note"] = HOSTILE
     for one in record["kept"]:
         one["reason"] = HOSTILE

@@ -15,10 +15,11 @@ import torch
 
 from qtool import recipe
 from qtool.checkpoint.imatrix import write_imatrix
+from qtool.journal import line
 from tests import tiny
 from tests.checkpoint.gguf_maker import convert
+from tests.cli.test_card import made
 from tests.fuzz.targets import NAMES, file
-from tests.test_manifest_schema import good
 
 CORPUS = Path(__file__).parent / "corpus"
 Seeds = Iterator[tuple[str, bytes]]
@@ -167,6 +168,14 @@ def tokenizer() -> Seeds:
     yield "wrong", said({**base, "model": {**model, "vocab": {"a": -5, "b": 1 << 50}}})
 
 
+def good() -> dict[str, Any]:
+    """A manifest."""
+    record = made(outputs={"model.safetensors": "ab"}, schema=1, rotation=None, versions={})
+    record["totals"]["quantized_weights"] = 1536
+    record["layers"] = [{**one, "stored": one["name"], "shape": [8, 64], "bytes": 300} for one in record["layers"]]
+    return record
+
+
 def manifests() -> Seeds:
     yield "run", said(good())
     yield "export", said({**good(), "recipe": None, "calibration": None, "layers": []})
@@ -174,9 +183,12 @@ def manifests() -> Seeds:
 
 
 def journal() -> Seeds:
-    yield "run", said({"identity": {"qtool": "1"}}) + b"\n" + said({"stage": "block 0", "layers": []}) + b"\n"
-    yield "cut", said({"identity": {"qtool": "1"}}) + b"\n" + b'{"stage": "bl'
-    yield "other", said({"identity": {"qtool": "2", "x": [1]}}) + b"\n"
+    first = line({"identity": {"qtool": "1"}})
+    yield "run", first + line({"stage": "block 0", "layers": []})
+    yield "cut", first + b'{"stage": "bl'
+    yield "other", line({"identity": {"qtool": "2", "x": [1]}})
+    yield "unsealed", said({"identity": {"qtool": "1"}}) + b"\n"
+    yield "forged", first + line({"stages": 3}) + line({"stage": []})
     yield "kinds", b'[]\n{"stage": 3}\n'
 
 
@@ -185,9 +197,9 @@ def directory() -> Seeds:
 
 
 def main() -> None:
-    made = (safetensors, index, gguf_header, gguf_tensors, gguf_model, config, quantization, recipes, jobs_file,
-            imatrix, tokenizer, manifests, journal, directory)
-    for seeds in made:
+    targets = (safetensors, index, gguf_header, gguf_tensors, gguf_model, config, quantization, recipes, jobs_file,
+               imatrix, tokenizer, manifests, journal, directory)
+    for seeds in targets:
         folder = CORPUS / seeds.__name__
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

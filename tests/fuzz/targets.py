@@ -16,6 +16,7 @@ import gguf
 import torch
 
 from qtool import card, decode, footprint, found, inspect, jobs, manifest, recipe
+from qtool import journal as journals
 from qtool.checkpoint import gguf_tokenizer, open_checkpoint
 from qtool.checkpoint.config import checked
 from qtool.checkpoint.gguf_file import open_gguf
@@ -30,7 +31,7 @@ from qtool.formats._ggml_fields import TYPES
 from qtool.inspect.summary import made_by
 from qtool.recipe import Scheme
 from qtool.tensors import TensorSpec
-from qtool.workspace import JOURNAL, Workspace, unfinished
+from qtool.workspace import Workspace
 
 Target = Callable[[bytes], None]
 TARGETS: dict[str, Target] = {}
@@ -228,9 +229,9 @@ def manifests(data: bytes) -> None:
 
 @target
 def journal(data: bytes) -> None:
-    file("out.partial/" + JOURNAL, data)
-    with contextlib.suppress(OSError, ValueError):
-        unfinished(folder() / "out")
+    path = file("out.partial/" + journals.NAME, data)
+    with contextlib.suppress(QtoolError):
+        journals.identity(path)
     with Workspace(folder() / "out", {"qtool": "1"}):
         pass
 
