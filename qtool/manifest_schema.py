@@ -57,7 +57,7 @@ class _Layer(_Part):
     sqnr_db: Figure | None = None
     tokens: Size = 0
     damping: Figure | None = None
-    repaired: bool = False
+    repaired: dict[str, str] | bool = False  # bool: in older ones
     pooled: bool = False
     rescaled: bool = False
     outlier_features: Size | None = None

@@ -33,6 +33,12 @@ Activations = Literal["token", "group", "tensor", "outliers"]
 RUN_TIME = {"token": "-dynamic", "group": "-dynamic", "tensor": "-static"}  # in labels
 
 
+def _positive(value: int | str | None) -> int | str | None:
+    if isinstance(value, int) and value != -1 and (value < 8 or value % 8):
+        raise ValueError("group_size is -1 (per output channel), auto, or a positive multiple of 8")
+    return value
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -56,12 +62,7 @@ class Scheme(Strict):
     activations: Activations | None = None
     outlier_threshold: float = Field(OUTLIER_THRESHOLD, ge=0.0)
 
-    @field_validator("group_size")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value != -1 and (value < 8 or value % 8):
-            raise ValueError("group_size is -1 (per output channel), auto, or a positive multiple of 8")
-        return value
+    _positive = field_validator("group_size")(_positive)
 
     @model_validator(mode="after")
     def _of_outliers(self) -> Scheme:
@@ -95,6 +96,8 @@ class Overrides(Strict):
     strategy: Strategy | None = None
     double_quant: bool | None = None
     activations: Activations | None = None
+
+    _positive = field_validator("group_size")(_positive)
 
     def apply(self, scheme: Scheme) -> Scheme:
         changes = {key: value for key in Overrides.model_fields if (value := getattr(self, key)) is not None}

@@ -27,6 +27,8 @@ def test_presets_are_ready_recipes() -> None:
     ("name: x\nscheme:\n  bits: 9\n", ["scheme.bits", "line 3", "9"]),
     ("scheme: {bits: 1}", ["scheme.bits", "1"]),
     ("scheme: {group_size: 100}", ["group_size", "multiple of 8"]),
+    ("name: x\nrules:\n- {match: '*', group_size: 0}", ["rules.0.group_size", "line 3", "multiple of 8"]),
+    ("budget: {bits: 4, schemes: [{group_size: 7}]}", ["budget.schemes.0.group_size", "multiple of 8"]),
     ("steps: gptq", ["steps"]),
     ("steps: []", ["steps"]),
     ("steps: [{gptq: {}, refine: {}}]", ["one name"]),
