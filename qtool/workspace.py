@@ -201,7 +201,7 @@ def already(out: Path, source: Path, identity: Callable[[], dict[str, Any]]) -> 
 
     Raises OutputError where something else is in its place."""
     recover(out, source)
-    if out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
+    if not (out / manifest.NAME).is_file() or out.is_symlink():
         refuse_existing(out)
         return None
     where, differs = state(out, identity)
