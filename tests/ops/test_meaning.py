@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -151,8 +152,16 @@ def test_a_group_of_zeros() -> None:
 def test_the_first_of_equal_grids_wins(device: str) -> None:
     weight, nothing = cases.weights(9, 32).to(device), torch.zeros(32, device=device)
     for symmetric in (True, False):
-        plain = ops.fit_affine(weight, nothing, 16, 4, symmetric, torch.float16, 1, rounds=0)
-        assert cases.same(ops.fit_affine(weight, nothing, 16, 4, symmetric, torch.float16), plain)
+        fit = functools.partial(torch.ops.qtool.fit_affine, weight, nothing, 16, 4, symmetric, 0)
+        assert cases.same(fit(24, 0.4, True, 2), fit(1, 0.4, True, 0))
+
+
+def test_columns_without_importance_count_a_little() -> None:
+    """Where calibration text left a whole group at zero, it is fitted as with equal importances."""
+    weight, importance = cases.weights(9, 32), torch.ones(32)
+    equal = ops.fit_affine(weight, importance, 16, 4, True, torch.float16)
+    importance[:16] = 0
+    assert cases.same(ops.fit_affine(weight, importance, 16, 4, True, torch.float16), equal)
 
 
 def test_rounding_is_half_to_even() -> None:
