@@ -45,6 +45,12 @@ class _Calibration(_Part):
     sha256: str = ""
 
 
+class _Outlier(_Part):
+    column: Size
+    largest: Figure
+    share: Figure
+
+
 class _Layer(_Part):
     name: str
     stored: str
@@ -61,7 +67,7 @@ class _Layer(_Part):
     pooled: bool = False
     rescaled: bool = False
     outlier_features: Size | None = None
-    outliers: list[Size] | None = None
+    outliers: list[_Outlier] | None = None
 
 
 class _Kept(_Part):
