@@ -16,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 300.0  # seconds that anything may take on a busy machine
-# kills the process at its COUNT-th call of a function that changes what is on the disk, before it is done
+# kills the process at its COUNT-th call of a function that changes what is on the disk, before it is done; a process
+# that lives on says at its end how many there were
 DEADLY_CALLS = """
 import os, signal, sys
 left = [COUNT]
@@ -29,7 +30,13 @@ def deadly(function):
     return call
 for name in "rename replace fsync unlink remove mkdir rmdir link posix_fallocate ftruncate".split():
     setattr(os, name, deadly(getattr(os, name)))
+leave = os._exit
+def told(status):
+    os.write(2, f"calls: {COUNT - left[0]}".encode())
+    leave(status)
+os._exit = told
 """
+NEVER = 10**9
 
 
 class Zygote:
@@ -122,6 +129,13 @@ def contents(place: Path) -> dict[str, bytes]:
     if place.is_file():
         return {place.name: place.read_bytes()}
     return {str(path.relative_to(place)): path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}
+
+
+def calls(zygote: Zygote, words: Sequence[object], folder: Path) -> int:
+    """How many calls of DEADLY_CALLS a command makes."""
+    ended = zygote.run(words, folder, DEADLY_CALLS.replace("COUNT", str(NEVER)))
+    assert ended.status == 0, ended.said
+    return int(ended.said.rpartition("calls: ")[2])
 
 
 @dataclass
