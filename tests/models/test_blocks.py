@@ -108,7 +108,7 @@ def test_non_finite_output_names_the_block(checkpoint, ids):
     block = loaded.block(1)
     with torch.no_grad():
         block.get_submodule("mlp.down_proj").weight[3, 4] = float("inf")
-    with pytest.raises(NumericalError, match=r"model\.layers\.1: its output is not finite on calibration samples 0\.\.4"):
+    with pytest.raises(NumericalError, match=r"model\.layers\.1: its output is not finite on .* samples 0\.\.4"):
         statistics.propagate(block, "model.layers.1", arguments, 1, store, [slice(0, SAMPLES)], CPU, torch.float32)
 
 
