@@ -7,6 +7,7 @@ namespace {
 
 using Lanes = float;
 using IntLanes = int;
+using Words = unsigned int;
 __device__ inline IntLanes as_int(Lanes a) { return __float_as_int(a); }
 __device__ inline Lanes as_lanes(IntLanes a) { return __int_as_float(a); }
 #define QTOOL_INLINE __device__ inline

@@ -54,6 +54,7 @@ void pack_row(const uint8_t* codes, int64_t count, uint8_t* out) {
     for (int i = 0; i < 8; ++i) octet |= (uint64_t)codes[i] << (bits * i);
     std::memcpy(out, &octet, bits);
   }
+  if (count == 0) return;  // there may be no memory at all
   uint64_t rest = 0;
   for (int64_t i = 0; i < count; ++i) rest |= (uint64_t)codes[i] << (bits * i);
   std::memcpy(out, &rest, (count * bits + 7) / 8);
@@ -67,6 +68,7 @@ void unpack_row(const uint8_t* bytes, int64_t count, uint8_t* codes) {
     octet = spread<bits>(octet);
     std::memcpy(codes, &octet, 8);
   }
+  if (count == 0) return;
   uint64_t rest = 0;
   std::memcpy(&rest, bytes, (count * bits + 7) / 8);
   rest = spread<bits>(rest);

@@ -80,6 +80,7 @@ def round_levels(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor
     matrix("weight", weight, torch.float32)
     level_grid(weight, scale, values, group)
     levels(values, edges)
+    one_device(weight, edges)
 
 
 def dequantize_levels(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, group: int) -> None:
@@ -92,6 +93,7 @@ def solve_levels(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor
     matrix("weight", weight, torch.float32)
     matrix("shift", shift, torch.float32)
     levels(values, edges)
+    one_device(weight, values, edges)
     block(weight, shift, factor, scale, None, group_index)
 
 
@@ -100,6 +102,7 @@ def refine_levels(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torc
     matrix("gradient", gradient, torch.float32)
     matrix("codes", old_codes, torch.uint8)
     levels(values, edges)
+    one_device(gradient, values, edges)
     block(gradient, old_codes, hessian, scale, None, group_index)
 
 
