@@ -3,8 +3,8 @@
     python -m tests.ops.raw_calls SEED CALLS
 
 Every call must end in an error or in a result; whatever qtool/ops/checks.py refuses must be an error. The last line is
-a JSON object: calls, refused, and `wrong`, those that the checks refuse and a kernel took. On stderr every call before it
-is made.
+a JSON object: calls, refused, and `wrong`, those that the checks refuse and a kernel took. On stderr every call before
+it is made.
 """
 
 from __future__ import annotations
