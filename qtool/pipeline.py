@@ -48,9 +48,12 @@ from qtool.checkpoint.reader import Checkpoint, refuse_non_finite
 from qtool.decode import Source
 from qtool.errors import NumericalError, PlanError, VerificationError
 from qtool.layer import Layer
+from qtool.learning.distill import after_distilling, distill, distilled
+from qtool.learning.tune import tune
 from qtool.models import blocks, calibration
 from qtool.outliers import outlier_notes
 from qtool.plan import Plan, with_schemes
+from qtool.records import Solved
 from qtool.rescale import rescale
 from qtool.stages import LinearPlan, Stage, one_scale, same_scheme
 from qtool.stream import Stream
@@ -89,7 +92,7 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
         if plan.problem is not None and tokens is not None:
             chosen = sensitivity.allocation(source, plan, tokens.ids, work, progress.message)
             plan = with_schemes(plan, sensitivity.schemes_of(plan, chosen))
-        with torch.inference_mode():
+        with torch.no_grad() if plan.learning else torch.inference_mode():
             result = _quantize(source, plan, progress, tokens, work)
     progress.finish()
     return result
@@ -133,7 +136,7 @@ def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | No
     plan, progress = jobs[0].plan, jobs[0].progress
     progress.start(plan.blocks, sum(stage.name in work.finished for stage in plan.stages if stage.block is not None))
     stream = None
-    if tokens is not None and plan.calibrated:
+    if tokens is not None and plan.calibrated and not distilled(work):
         stream = Stream.open(plan, jobs[0].checkpoint.read, tokens, work)
     for stage, weights in reading.ahead(jobs[0].checkpoint, plan, work.finished):
         began = time.monotonic()
@@ -150,6 +153,8 @@ def solve_stages(jobs: Sequence[Job], tokens: calibration.CalibrationTokens | No
         if stage.block is not None:
             progress.block(stage.block, stage.name, time.monotonic() - began, records.worst(layers),
                            estimate.resident())
+    if plan.distilling and stream is not None and tokens is not None:
+        distill(plan, jobs[0].checkpoint.read, jobs[0].writer, tokens, stream, work, progress.message)
 
 
 def do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor],
@@ -162,8 +167,8 @@ def do_stage(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor]
         own = job.plan.stage_like(stage)
         for name in own.copied:
             _copy(job, name, weights)
-        records.append([record for group in one_scale(own.todo)
-                        for record in solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
+        records.append([settle(job, one) for group in one_scale(own.todo)
+                        for one in solve(job, group, [_weight(job, linear, weights) for linear in group], None)]
                        + [outside.quantize(job.checkpoint, job.plan, job.writer, linear) for linear in own.outside])
     return records
 
@@ -191,21 +196,34 @@ def _do_block(jobs: Sequence[Job], stage: Stage, weights: dict[str, torch.Tensor
         if job.original is not None and stage.done and plan.float_stream else None
     stream.begin(block, stage, ranges.inputs, original)
     into = None if plan.whole is not None and plan.whole.propagate else block  # what the stream goes on through
-    records: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    made: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    waiting: list[Solved] = []  # for what is learned when the whole block is solved
     for names, stats in _collected(plan, stage, stream):
         if job.keeper and stats:
             job.keeper.add(names, stats)
         own = {linear.name: _weight(job, linear, weights) for linear in stage.todo if linear.name in names}
         for place, group, figures in together(jobs, stage, names, stats):
             originals = [own[linear.name].to(plan.device) for linear in group]
-            records[place] += solve(jobs[place], group, originals, figures, None if place else into, ranges.inputs)
+            for solved in solve(jobs[place], group, originals, figures, ranges.inputs):
+                if plan.learning:
+                    put(block, plan, solved.linear, decoded(solved))
+                    waiting.append(solved.waiting())
+                else:
+                    made[place].append(settle(jobs[place], solved, None if place else into))
+            del figures
     weights.clear()
-    if index + 1 < plan.blocks:
+    if waiting:
+        tuned = tune(plan, stage, block, stream, waiting)
+        made[0] += [settle(job, solved) for solved in tuned.solved]
+        for name, gain in tuned.gains.items():
+            job.writer.write(name, gain)
+        notes = {one.name: {**notes.get(one.name, {}), "tuned": tuned.note} for one in stage.linears}
+    if index + 1 < plan.blocks or plan.distilling:
         stream.propagate(index)
     told = {one.name: {**notes.get(one.name, {}), **listed.get(one.name, {})} for one in stage.linears}
     if job.keeper:
         job.keeper.end(told)
-    return [in_order(stage, some, told) for some in records]
+    return [in_order(stage, some, told) for some in made]
 
 
 def in_order(stage: Stage, records: Sequence[Mapping[str, Any]],
@@ -250,9 +268,8 @@ def together(jobs: Sequence[Job], stage: Stage, names: Sequence[str], stats: Cal
 
 
 def solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats: CalibrationStats | None,
-          block: torch.nn.Module | None = None,
-          input_scales: Mapping[str, torch.Tensor] = EMPTY) -> list[dict[str, Any]]:
-    """Run the recipe's steps on linears that share an input; write each; put the result into the block."""
+          input_scales: Mapping[str, torch.Tensor] = EMPTY) -> list[Solved]:
+    """Run the recipe's steps on linears that share an input."""
     plan, dtype = job.plan, job.plan.format.scale_dtype(job.plan.model_dtype)
     for linear, weight in zip(group, weights, strict=True):
         repairs.refuse_too_large(linear.name, weight, linear.scheme, dtype)
@@ -263,20 +280,31 @@ def solve(job: Job, group: list[LinearPlan], weights: list[torch.Tensor], stats:
     if layer.quantized is None:
         raise PlanError(f"no step of {plan.recipe.method} chooses codes; end the recipe's steps with rtn or gptq "
                         "(rotate alone goes with --format hf: dense weights)")
-    made, start = [], 0
+    made, start, inputs = [], 0, repairs.of_inputs(stats)
     for linear in group:
         stop = start + linear.shape[0]
         quantized = layer.quantized.rows(start, stop)
         if linear.name in input_scales:
             quantized = replace(quantized, extra={**quantized.extra, INPUT_SCALE: input_scales[linear.name]})
-        dense = found.load("grids", linear.scheme.grid).decode(quantized)
-        record = records.of_linear(plan, linear, layer, slice(start, stop), quantized, dense, len(group))
-        record["values_sha256"] = _write_linear(job, linear, quantized, dense)
-        if block is not None:
-            _linear_of(block, plan, linear).weight.copy_(dense.to(plan.model_dtype))
-        job.progress.linear(linear.name, record["relative_error"])
-        made.append(record)
+        made.append(Solved(linear, layer, slice(start, stop), quantized, len(group), inputs))
         start = stop
+    return made
+
+
+def settle(job: Job, solved: Solved, block: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Write a linear, check what was written, put it into the block; what the manifest tells of it."""
+    dense = decoded(solved)
+    record = records.of_linear(job.plan, solved, dense)
+    record["values_sha256"] = _write_linear(job, solved.linear, solved.quantized, dense)
+    if block is not None:
+        put(block, job.plan, solved.linear, dense)
+    job.progress.linear(solved.linear.name, record["relative_error"])
+    return record
+
+
+def decoded(solved: Solved) -> torch.Tensor:
+    """float32 [N, K]."""
+    made: torch.Tensor = found.load("grids", solved.linear.scheme.grid).decode(solved.quantized)
     return made
 
 
@@ -318,6 +346,7 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
     plan, folder = job.plan, job.writer.folder
     done = [work.finished[stage.name] for stage in plan.stages]
     layers = [record for stage in done for record in (stage["others"][place - 1] if place else stage["layers"])]
+    layers, learned = after_distilling(work, layers)
     config = output_config(job.checkpoint.config, plan)
     found_schemes = plan.format.schemes(config, {spec.name: spec for spec in plan.outputs}, job.writer.read_back)
     if found_schemes and set(found_schemes) != {linear.stored for linear in plan.linears}:
@@ -336,6 +365,7 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
     result = {**work.identity, "recipe": plan.recipe.model_dump(mode="json"), **shared, "format": plan.format.NAME,
               "layers": layers, "rotation": rotate.describe(plan.rotated),
               "kept": [{"name": name, "reason": reason} for name, reason in plan.kept],
+              "learned": learned,
               "allocation": work.finished.get(sensitivity.STAGE, {}).get("allocation"),
               "totals": manifest.totals(layers, parameters, plan.weight_bytes, plan.source_bytes)}
     work.refuse_strays(names, plan.name)
@@ -361,7 +391,8 @@ def output_config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _linear_of(block: torch.nn.Module, plan: Plan, linear: LinearPlan) -> torch.nn.Linear:
+def put(block: torch.nn.Module, plan: Plan, linear: LinearPlan, dense: torch.Tensor) -> None:
+    """Give a linear of the block this weight [N, K], as the model's dtype holds it."""
     module = block.get_submodule(linear.name.removeprefix(plan.skeleton.blocks[linear.block] + "."))
     assert isinstance(module, torch.nn.Linear)
-    return module
+    module.weight.copy_(dense.to(plan.model_dtype))

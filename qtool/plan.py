@@ -85,6 +85,16 @@ class Plan:
         return float_share(self.steps)
 
     @property
+    def learning(self) -> list[tuple[ModuleType, Any]]:
+        """The steps that learn on a block when its linears are solved."""
+        return [(module, options) for module, options in self.steps if getattr(module, "LEARNS", None) == "block"]
+
+    @property
+    def distilling(self) -> Any:
+        """The options of the step that learns on the whole model when all blocks are solved; None: there is none."""
+        return next((options for module, options in self.steps if getattr(module, "LEARNS", None) == "model"), None)
+
+    @property
     def scaling_steps(self) -> int:
         """How many steps scale the channels of a block before it is solved."""
         return sum(getattr(module, "SCALES_INPUTS", False) for module, _ in self.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,15 +14,38 @@ from qtool.plan import Plan
 from qtool.stages import LinearPlan
 from qtool.tensors import CalibrationStats, QuantizedTensor
 
+NOTHING = torch.empty(0, 0)
 
-def of_linear(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, quantized: QuantizedTensor,
-              dense: torch.Tensor, solved_together: int) -> dict[str, Any]:
-    """One linear of a solved layer, its `rows`; dense: what `quantized` decodes to.
+
+@dataclass(frozen=True)
+class Solved:
+    """One linear of a solved layer: its rows there, its codes, how many linears were solved with it.
+
+    inputs: what had to be repaired of the statistics of its inputs.
+    """
+
+    linear: LinearPlan
+    layer: Layer
+    rows: slice
+    quantized: QuantizedTensor
+    together: int
+    inputs: dict[str, str]
+
+    def waiting(self) -> Solved:
+        """Without what is large and no longer needed, but for what measures the answer."""
+        stats = self.layer.stats
+        assert stats is not None
+        return replace(self, layer=replace(self.layer, stats=replace(stats, hessian=NOTHING, cross=None, paired=None)))
+
+
+def of_linear(plan: Plan, solved: Solved, dense: torch.Tensor) -> dict[str, Any]:
+    """One linear; dense: what its codes decode to.
 
     Output error against the target, on held-out tokens where there are any. Raises NumericalError.
     """
+    linear, layer = solved.linear, solved.layer
     repairs.refuse_overflow(linear.name, dense, plan.model_dtype)
-    weight, target, stats = layer.weight[rows], layer.target[rows], layer.stats
+    weight, target, stats = layer.weight[solved.rows], layer.target[solved.rows], layer.stats
     in_weights = quality.weight_error(weight, weight - dense)
     in_outputs = None
     if stats is not None:
@@ -30,10 +54,10 @@ def of_linear(plan: Plan, linear: LinearPlan, layer: Layer, rows: slice, quantiz
     if not (in_weights >= 0 and (in_outputs is None or in_outputs >= 0)):
         raise NumericalError(f"{linear.name}: the quantized weight is not finite; use more damping or more "
                              f"calibration tokens, or leave it out with a rule (match: '{linear.name}', skip: true)")
-    repaired = {**layer.repaired, **repairs.of_inputs(stats), **repairs.of_weights(weight, quantized, dense)}
+    repaired = {**layer.repaired, **solved.inputs, **repairs.of_weights(weight, solved.quantized, dense)}
     return {
         **_stored(plan, linear, linear.block, in_weights, in_outputs, repaired), **_tokens(stats),
-        "solved_together": solved_together, **layer.notes,
+        "solved_together": solved.together, **layer.notes,
         **({"rescaled": True} if plan.rotated and f"{linear.stored}.weight" in plan.rotated.changes else {}),
     }
 
@@ -56,7 +80,7 @@ def _stored(plan: Plan, linear: LinearPlan, block: int | None, in_weights: float
     return {
         "name": linear.name, "stored": linear.stored, "block": block, "shape": list(linear.shape),
         "scheme": linear.scheme.model_dump(), "bytes": plan.linear_bytes(linear),
-        "relative_error": _rounded(in_outputs), "weight_error": _rounded(in_weights), "sqnr_db": _rounded(ratio),
+        "relative_error": short(in_outputs), "weight_error": short(in_weights), "sqnr_db": short(ratio),
         **({"repaired": repaired} if repaired else {}),
     }
 
@@ -67,5 +91,6 @@ def _tokens(stats: CalibrationStats | None) -> dict[str, Any]:
     return {"tokens": stats.tokens, "held_out_tokens": stats.held_out.tokens, "pooled": stats.pooled}
 
 
-def _rounded(value: float | None) -> float | None:
+def short(value: float | None) -> float | None:
+    """Six digits, as manifests have figures."""
     return None if value is None else float(f"{value:.6g}")

@@ -127,7 +127,7 @@ def _solve_kept(kept: Kept, job: pipeline.Job, work: Workspace) -> None:
             for _, group, figures in pipeline.together([job], stage, names, stats):
                 weights = [_scaled(job.checkpoint.read(f"{one.stored}.weight").to(plan.device),
                                    scalings.get(one.name, ())) for one in group]
-                solved += pipeline.solve(job, group, weights, figures)
+                solved += [pipeline.settle(job, one) for one in pipeline.solve(job, group, weights, figures)]
         heap.give_back()
         job.writer.sync()
         layers = pipeline.in_order(stage, solved, kept.notes(stage))

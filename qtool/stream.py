@@ -71,7 +71,7 @@ class Stream:
         also = held_out.union(*(range(batch.start, batch.stop) for batch in paired)) if paired else frozenset()
         self = cls(plan, work.folder, stores, arguments, batches, held_out, also)
         for store, path in zip(stores, self._paths(max(done, default=-1) + 1), strict=True):
-            if done and len(done) < len(ran):
+            if done and (len(done) < len(ran) or plan.distilling):
                 store.load(path)
             elif store is not stores[0]:
                 store.copy_from(stores[0], self._batches_of(store))
@@ -170,11 +170,34 @@ class Stream:
 
     def propagate(self, index: int) -> None:
         """Run the block, its linears replaced by what was solved, and put its output in the stream's place."""
+        for track, store in zip(self._tracks, self.stores, strict=False):
+            self._propagate(index, track, store)
+
+    def _propagate(self, index: int, track: Track, store: StreamStore) -> None:
         plan = self.plan
-        for track, store in zip(self._tracks, self.stores, strict=True):
-            statistics.propagate(track.block, plan.skeleton.blocks[index], self.arguments, index, store,
-                                 self._staged.each(self._batches_of(store)), plan.device, plan.compute_dtype)
-            track.restore()
+        statistics.propagate(track.block, plan.skeleton.blocks[index], self.arguments, index, store,
+                             self._staged.each(self._batches_of(store)), plan.device, plan.compute_dtype)
+        track.restore()
+
+    def finish_original(self, index: int) -> None:
+        """Take the unquantized stream to the exit of the block, where it is what the quantized block should give; the
+        block computes from its entrance again."""
+        self._propagate(index, self._tracks[1], self.stores[1])
+        del self._tracks[1]
+        self._tracks[0].restore()
+
+    def ends(self, batch: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """After finish_original: the hidden states [B, T, hidden] at the entrance of the quantized block, and those
+        that the unquantized model has at its exit."""
+        entrance, target = (store.read(batch).to(device=self.plan.device, dtype=self.plan.compute_dtype, copy=True)
+                            for store in self.stores)
+        return entrance, target
+
+    def learning_batches(self, share: float) -> tuple[list[slice], list[slice]]:
+        """Of the samples that ran through the unquantized model too: those to learn from, a share of the fitting ones,
+        and those that are held out."""
+        fitting = self.fitting
+        return fitting[:math.ceil(len(fitting) * share)], [one for one in self.batches if one.start in self.held_out]
 
     def _collect(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
         plan = self.plan
@@ -234,8 +257,8 @@ class Stream:
         return Track(block, new_store if self.plan.device.type == "cpu" else None)
 
     def save(self, index: int) -> None:
-        """Make the stream at the entrance of block `index` durable; the last block needs none."""
-        if index < self.plan.blocks:
+        """Make the stream at the entrance of block `index` durable; what learns at the end needs the last exits too."""
+        if index < self.plan.blocks or self.plan.distilling:
             for store, path in zip(self.stores, self._paths(index), strict=True):
                 store.save(path)
 
