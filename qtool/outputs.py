@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtool import manifest
+from qtool import manifest, plan_learning
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError
 from qtool.plan import Plan
@@ -36,6 +36,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         except PlanError as error:
             raise PlanError(f"output {name}: {error}") from None
     first, *others = plans
+    for one in plans if others else ():
+        plan_learning.refuse(replace(one, whole=recipe))
     for one in others:
         _refuse_apart(first, one, recipe.propagate)
     settled = recipe.model_copy(update={"calibration": first.recipe.calibration})

@@ -92,7 +92,7 @@ def run(checkpoint: Checkpoint, plan: Plan, progress: Progress, restart: bool = 
         if plan.problem is not None and tokens is not None:
             chosen = sensitivity.allocation(source, plan, tokens.ids, work, progress.message)
             plan = with_schemes(plan, sensitivity.schemes_of(plan, chosen))
-        with torch.no_grad() if plan.learning else torch.inference_mode():
+        with torch.no_grad() if plan.learning or plan.distilling else torch.inference_mode():
             result = _quantize(source, plan, progress, tokens, work)
     progress.finish()
     return result

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from qtool import budget, devices, estimate, found, keeping, plan_gguf, rotate
+from qtool import budget, devices, estimate, found, keeping, plan_gguf, plan_learning, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
 from qtool.formats import stored_bytes
@@ -85,14 +85,13 @@ class Plan:
         return float_share(self.steps)
 
     @property
-    def learning(self) -> list[tuple[ModuleType, Any]]:
-        """The steps that learn on a block when its linears are solved."""
-        return [(module, options) for module, options in self.steps if getattr(module, "LEARNS", None) == "block"]
+    def learning(self) -> list[Any]:  # the options of the steps that learn on a block when its linears are solved
+        return plan_learning.learning(self.steps, plan_learning.BLOCK)
 
     @property
     def distilling(self) -> Any:
-        """The options of the step that learns on the whole model when all blocks are solved; None: there is none."""
-        return next((options for module, options in self.steps if getattr(module, "LEARNS", None) == "model"), None)
+        """The options of the step that learns on the model when all blocks are solved; None: there is none."""
+        return next(iter(plan_learning.learning(self.steps, plan_learning.MODEL)), None)
 
     @property
     def scaling_steps(self) -> int:
@@ -215,6 +214,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         memory={}, temporary={}, problem=problem,
         gguf=plan_gguf.described(checkpoint, skeleton) if recipe.mixture else None,
     )
+    plan_learning.refuse(plan)
     return replace(plan, memory=estimate.memory(work_of(plan)), temporary=estimate.temporary(work_of(plan)))
 
 

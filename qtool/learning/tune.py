@@ -34,7 +34,7 @@ def tune(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream, solve
     """
     stream.finish_original(stage.block or 0)
     made = Tuned(list(solved), {}, [])
-    for _, options in plan.learning:
+    for options in plan.learning:
         after = _tuned(plan, stage, block, stream, made.solved, options)
         made = Tuned(after.solved, {**made.gains, **after.gains}, made.note + after.note)
     return made

@@ -22,7 +22,7 @@ LEARNS = "model"
 
 
 class Options(Strict):
-    """epochs: passes over the fitting samples.  tokens: of one step.  budget_tokens, minutes: where it ends before that.
+    """epochs: passes over the fitting samples.  tokens: of one step.  budget_tokens, minutes: when it ends before.
 
     scales, gains, rounding, rate, gain_rate, weight_rate: see the step tune.  warmup: the share of the steps on which
     the rates rise.  checks: in an epoch, how often the held-out samples are looked at and the state is saved.
