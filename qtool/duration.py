@@ -6,6 +6,7 @@ What a block really takes is for `--probe` to find out (probe.py), which scales 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,8 @@ def seconds(plan: Plan) -> float | None:
     if plan.calibrated and plan.device.type == "cpu":
         took += calibrated(plan)
     elif plan.calibrated:
-        took += sum(work(plan, stage) for stage in plan.stages) / _rate(plan.device, plan.compute_dtype)
+        rate = _rate(plan.device, plan.compute_dtype)
+        took += sum(work(plan, stage) for stage in plan.stages) / rate + distilling(plan, one_pass(plan, rate), rate)
     if not plan.solves_on_text:
         took += sum(_rounding(one) for one in (plan, *plan.others))
     outside = sum(outside_seconds(one, linear, _random(linear)) for one in (plan, *plan.others)
@@ -54,7 +56,8 @@ def calibrated(plan: Plan) -> float:
             total += _passes(plan, stage, known, rate) + sum(_solving(one, one.stage_like(stage), known)
                                                              for one in (plan, *plan.others) if plan.solves_on_text)
     saved = plan.temporary["resume"] / 2 * max(plan.blocks - 1, 0)
-    return total + saved / DISK_RATE
+    return total + saved / DISK_RATE + distilling(plan, sum(known[tuple(_shapes(stage))] for stage in plan.stages
+                                                            if stage.block is not None and stage.linears), rate)
 
 
 def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> float:
@@ -67,7 +70,7 @@ def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> f
     looked = sum(min(options.samples, plan.samples) for step, options in plan.steps
                  if getattr(step, "SCALES_INPUTS", False) or getattr(step, "LISTS_OUTLIERS", False))
     samples = plan.samples * (1 + plan.float_share) + looked + (plan.samples if plan.recipe.measures_ranges else 0)
-    took = samples * length * one
+    took = (samples * length + learned_tokens(plan)) * one
     if plan.solves_on_text:
         grams = sum(_once(known, ("gram", group[0].shape[1]), lambda: trials.gram(group[0].shape[1]))  # noqa: B023
                     for group in groups)
@@ -76,6 +79,37 @@ def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> f
         took += sum(_once(known, ("scaling", *((linear.shape, linear.scheme.label) for linear in group)),
                           lambda: trials.scaling(plan, group, one)) for group in groups)  # noqa: B023 - called here
     return took
+
+
+def learned_tokens(plan: Plan) -> float:
+    """What the steps that learn on a block run through it, in tokens of a forward pass: a backward one takes twice as
+    much, and the held-out samples are looked at now and then."""
+    fitting, held = _split(plan)
+    return sum(options.epochs * (3 * options.share * fitting + 2 * held) + held for options in plan.learning)
+
+
+def distilling(plan: Plan, one: float, rate: float) -> float:
+    """Seconds of learning on the whole model. one: of a token forward through all blocks.  rate: operations a second.
+
+    A step runs the blocks twice forward and once backward, and the head three times forward or backward and once for
+    the original.
+    """
+    options = plan.distilling
+    if options is None:
+        return 0.0
+    fitting, held = _split(plan)
+    head = 2.0 * plan.skeleton.vocabulary * plan.skeleton.hidden / rate
+    learned = min(options.epochs * fitting, options.budget_tokens or math.inf)
+    looked = (1 + options.epochs * options.checks) * held
+    took = learned * (4 * one + 4 * head) + looked * (one + 2 * head)
+    return min(took, 60 * options.minutes) if options.minutes else took
+
+
+def _split(plan: Plan) -> tuple[int, int]:
+    """Tokens to learn from, and those that are held out."""
+    spec = plan.recipe.calibration
+    held = min(plan.samples - 1, math.ceil(plan.samples * spec.held_out))
+    return (plan.samples - held) * spec.sequence_length, held * spec.sequence_length
 
 
 def _solving(plan: Plan, stage: Stage, known: dict[Any, Any]) -> float:
@@ -102,11 +136,17 @@ def work(plan: Plan, stage: Stage) -> float:
         return float(sum(one.shape[0] * one.shape[1] for one in stage.linears))
     passes = (1 if plan.device.type == "cpu" else 2) * (1 + plan.float_share)
     tokens = plan.samples * plan.recipe.calibration.sequence_length
-    flops = 2.0 * passes * tokens * sum(rows * columns for rows, columns in _shapes(stage))
+    passed = passes * tokens + learned_tokens(plan)
+    flops = 2.0 * passed * sum(rows * columns for rows, columns in _shapes(stage))
     flops += sum(columns**2 for columns in {columns for _, columns in _shapes(stage)}) * tokens \
         * (1 + 2 * plan.float_share)
     products = sum(rows * columns**2 for rows, columns in _shapes(stage))  # N K², to solve
     return flops + (20 if plan.float_share else 12) * products * (1 + len(plan.others))
+
+
+def one_pass(plan: Plan, rate: float) -> float:
+    """Seconds of one token through all blocks, at so many operations a second."""
+    return sum(2.0 * rows * columns for stage in plan.stages for rows, columns in _shapes(stage)) / rate
 
 
 def searching(plan: Plan, rate: float = 0.0) -> float:

@@ -38,6 +38,9 @@ class Work:
     calibrated: bool
     float_share: float
     rotated: bool = False
+    learning: bool = False  # on blocks
+    latent: bool = False  # weights before rounding too
+    distilling: int = 0  # tokens of a step on the whole model; 0: none
 
     @property
     def streams(self) -> int:
@@ -101,12 +104,15 @@ def _memory(work: Work, base: int) -> dict[str, int]:
                 "peak": base + max(largest, solve, outside, trial)}
     blocks = [_block(stage, work) for stage in work.stages if stage.block is not None]
     weights, statistics, solve, forward, source = (max(values) for values in zip(*blocks, strict=True))
+    learn = max(_learning(stage, work) for stage in work.stages if stage.block is not None) if work.learning else 0
     held = _held(work)
     embedding = work.skeleton.vocabulary * work.skeleton.hidden * work.model_dtype.itemsize
-    running = weights + max(statistics + forward, solve)
+    running = weights + max(statistics + forward, solve, learn)
     around = max(embedding + forward, source + max(largest, outside))
     terms = {"runtime": base, "stream": held, "weights": weights, "statistics": statistics, "solve": solve,
-             "forward": forward, "read_ahead": source, "embedding": embedding, "outside": outside, "trial": trial}
+             "forward": forward, "read_ahead": source, "embedding": embedding, "outside": outside, "trial": trial,
+             **({"learning": learn} if learn else {}), **({"distilling": _distilling(work)} if work.distilling else {})}
+    around = max(around, terms.get("distilling", 0))
     if work.device.type == "cpu":
         return {**terms, "peak": base + max(held + max(running + source, around), trial)}
     on_device = max(running, embedding + forward)
@@ -190,6 +196,40 @@ def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
     # this block's weights as read are the block's own where no conversion is needed; the next block's come on top
     return (elements * compute * work.streams, statistics, solve, forward,
             as_read * (1 if work.compute_dtype is work.model_dtype else 2))
+
+
+def _backward(work: Work) -> int:
+    """What autograd keeps of one batch in one block, scores of the attention too."""
+    batch, length = work.recipe.calibration.batch_tokens or 0, work.recipe.calibration.sequence_length
+    widest = max((max(one.shape) for stage in work.stages for one in stage.linears), default=0)
+    hidden = work.skeleton.hidden
+    return batch * (6 * widest + 12 * hidden + 3 * length * hidden // 64) * work.compute_dtype.itemsize
+
+
+def _learning(stage: Stage, work: Work) -> int:
+    """Of a block that learns (learning/tune.py): weights and targets of its linears and what measures them, codes,
+    parameters with their slopes; of latent weights themselves, their moves, slopes, Adam's means and the best."""
+    elements = sum(one.shape[0] * one.shape[1] for one in stage.linears)
+    measures = sum(_held_out(columns, work) for _, columns in _groups(stage))
+    return elements * (8 + 1 + 12 + (28 if work.latent else 0)) + measures + _backward(work)
+
+
+def _distilling(work: Work) -> int:
+    """Of learning on the whole model (learning/whole.py): codes, moves and what enters each block of a step, in memory
+    within their shares of the budget; a block with its slopes; the head's logits, the original's and both slopes."""
+    blocks = [stage for stage in work.stages if stage.block is not None]
+    elements = [sum(one.shape[0] * one.shape[1] for one in stage.linears) for stage in blocks]
+    budget, largest, total = int(work.recipe.memory_budget_gb * 1e9), max(elements), sum(elements)
+    held = total * (5 if work.latent else 1)
+    state = total * 16 if work.latent else total // 16
+    entering = (len(blocks) + 1) * work.distilling * work.skeleton.hidden * work.compute_dtype.itemsize
+    kept = sum(size for size, share in ((held, budget // 2), (state, budget // 4), (entering, budget // 4))
+               if size <= share)
+    vocabulary, batch = work.skeleton.vocabulary, work.recipe.calibration.batch_tokens or 0
+    head = vocabulary * (work.skeleton.hidden * (work.model_dtype.itemsize + work.compute_dtype.itemsize)
+                         + 4 * batch * work.compute_dtype.itemsize)
+    block = largest * (24 if work.latent else 16) + _backward(work)
+    return kept + max(head, block)
 
 
 def _groups(stage: Stage) -> list[tuple[int, int]]:

@@ -85,12 +85,11 @@ class Plan:
         return float_share(self.steps)
 
     @property
-    def learning(self) -> list[Any]:  # the options of the steps that learn on a block when its linears are solved
+    def learning(self) -> list[Any]:  # options of the steps that learn on each solved block
         return plan_learning.learning(self.steps, plan_learning.BLOCK)
 
     @property
-    def distilling(self) -> Any:
-        """The options of the step that learns on the model when all blocks are solved; None: there is none."""
+    def distilling(self) -> Any:  # those of the step that learns on the solved model, or None
         return next(iter(plan_learning.learning(self.steps, plan_learning.MODEL)), None)
 
     @property
@@ -221,7 +220,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
 def work_of(plan: Plan) -> estimate.Work:
     """What the estimates look at."""
     return estimate.Work(plan.skeleton, plan.stages, plan.recipe, plan.device, plan.model_dtype, plan.compute_dtype,
-                         plan.samples, plan.calibrated, plan.float_share, plan.rotated is not None)
+                         plan.samples, plan.calibrated, plan.float_share, plan.rotated is not None,
+                         *plan_learning.size(plan))
 
 
 def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> bool:

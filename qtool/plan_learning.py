@@ -21,6 +21,13 @@ def learning(steps: Steps, where: str) -> list[Any]:
     return [options for module, options in steps if getattr(module, "LEARNS", None) == where]
 
 
+def size(plan: Plan) -> tuple[bool, bool, int]:
+    """For the estimates: whether blocks learn, whether weights move before they are rounded, tokens of a last step."""
+    every = [*plan.learning, *([plan.distilling] if plan.distilling else [])]
+    return (bool(plan.learning), any(options.rounding != "frozen" for options in every),
+            max(plan.distilling.tokens, plan.recipe.calibration.batch_tokens or 0) if plan.distilling else 0)
+
+
 def name_of(recipe: Recipe, steps: Steps) -> str:
     """Of the first step that learns; "" where none does."""
     return next((next(iter(entry)) for entry, (module, _) in zip(recipe.steps, steps, strict=True)

@@ -71,6 +71,7 @@ def _total(plan: Plan, known: dict[str, Any]) -> float:
     rate = max(counts[like["block"]], 1.0) / max(like["seconds"], 1e-9)
     blocks = sum(timed.get(index, count / rate) for index, count in counts.items())
     search = duration.searching(plan, rate if plan.calibrated else 0.0) if plan.problem else 0.0
+    search += duration.distilling(plan, duration.one_pass(plan, rate), rate)
     return float(known["before"] + search + blocks + known["outside"] + duration.moving(plan, known["disk_rate"])
                  + duration.hashing(plan, known["hash_rate"]))
 
@@ -83,7 +84,7 @@ def _solve(checkpoint: Checkpoint, plan: Plan, out: Path, tell: Tell) -> tuple[f
     tokens = prepare.tokens_of(checkpoint, plan)
     source = rotate.view(checkpoint, plan.rotated)
     blocks = []
-    with torch.inference_mode(), Workspace(out, {}) as work:
+    with torch.no_grad() if plan.learning else torch.inference_mode(), Workspace(out, {}) as work:
         jobs = [pipeline.Job(source, one, container.open_writer(one, work.folder, checkpoint.name), console.Silent())
                 for one in (cut, *cut.others)]
         stream = Stream.open(cut, source.read, tokens, work) if tokens is not None and plan.calibrated else None

@@ -20,15 +20,15 @@ RANKS = {
     "methods": 4, "formats": 4, "models": 4, "checkpoint": 4,
     "manifest": 5, "stages": 5, "estimate": 5, "decode": 5, "budget": 5, "rotate": 5, "plan": 5, "plan_gguf": 5,
     "plan_learning": 5,
-    "plan_learning": 5, "journal": 5, "manifest_schema": 5, "workspace": 6, "outside": 6, "stream": 6, "rescale": 6, "outliers": 6,
+    "journal": 5, "manifest_schema": 5, "workspace": 6, "outside": 6, "stream": 6, "rescale": 6, "outliers": 6,
     "card": 6, "report": 6, "sensitivity": 6, "heatmap": 6, "records": 6,
-    "learning": 7, "container": 6, "onnx_graph": 6, "transfer": 6, "footprint": 6, "report_eval": 6, "runtime": 6,
+    "container": 6, "onnx_graph": 6, "transfer": 6, "footprint": 6, "report_eval": 6, "runtime": 6,
     "pipeline": 7, "inspect": 7, "html_report": 7, "evaluate": 7, "export": 7, "export_gguf": 7, "export_onnx": 7,
     "export_imatrix": 7, "gguf_codes": 6, "arithmetic": 6,
     "processes": 1, "lock": 1, "on_ray": 6, "outputs": 6, "prepare": 6, "jobs": 7, "push": 7,
     "requantize": 8, "inspecting": 8, "evaluating": 8, "console": 8, "exports": 8, "options": 8, "flags": 7, "cli": 9,
     "duration": 6, "preflight": 6, "report_plan": 6, "probe": 8, "keeping": 5, "kept": 6, "reading": 6, "trials": 6,
-    "redo": 8, "redoing": 8, "quantizing": 9, "independent": 1, "digests": 5, "verifying": 8,
+    "learning": 7, "redo": 8, "redoing": 8, "quantizing": 9, "independent": 1, "digests": 5, "verifying": 8,
     "__main__": 10, "__init__": 10,
 }
 SEPARATE = ("methods", "formats", "models", "checkpoint")  # never import each other

@@ -14,7 +14,8 @@ from qtool.learning import fake, weights
 from qtool.recipe import Scheme
 from qtool.tensors import QuantizedTensor
 
-SCHEMES = [Scheme(bits=bits, group_size=16, symmetric=symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+SCHEMES = [Scheme(bits=bits, group_size=16, symmetric=symmetric)
+           for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 SCHEMES += [Scheme(grid="fp8", bits=8, group_size=-1), Scheme(grid="nf4", bits=4, group_size=64)]
 
 

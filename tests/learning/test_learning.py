@@ -135,7 +135,8 @@ def test_state_past_the_budget_lies_in_files_and_the_bytes_are_the_same(tmp_path
     ({"scheme__activations": "token", "scheme__group_size": -1, "scheme__bits": 8}, "are rounded when the model runs"),
     ({"keep_statistics": True}, "--keep-statistics"),
     ({"calibration__samples": 1}, "samples >= 2"),
-    ({"scheme__grid": "nvfp4", "scheme__bits": 4, "steps": [{"rtn": {}}, {"tune": {"rounding": "weights"}}]}, "cannot be learned"),
+    ({"scheme__grid": "nvfp4", "scheme__bits": 4, "steps": [{"rtn": {}}, {"tune": {"rounding": "weights"}}]},
+     "cannot be learned"),
 ])
 def test_what_cannot_be_learned_is_refused_by_the_plan(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = tiny.make(tmp_path / "model", "llama")
