@@ -51,6 +51,13 @@ class _Outlier(_Part):
     share: Figure
 
 
+class _Tuned(_Part):
+    loss_before: Figure
+    loss_after: Figure
+    steps: Size
+    kept_step: Size
+
+
 class _Layer(_Part):
     name: str
     stored: str
@@ -68,6 +75,7 @@ class _Layer(_Part):
     rescaled: bool = False
     outlier_features: Size | None = None
     outliers: list[_Outlier] | None = None
+    tuned: list[_Tuned] | None = Field(None, min_length=1)
 
 
 class _Kept(_Part):
@@ -104,6 +112,20 @@ class _Allocation(_Part):
     linears: list[_Choice]
 
 
+class _Point(_Part):
+    step: Size
+    fitting: Figure | None
+    held_out: Figure
+
+
+class _Learned(_Part):
+    loss: str
+    steps: Size
+    kept_step: Size
+    tokens: Size
+    curve: list[_Point]
+
+
 class _Rotation(_Part):
     tensors: list[str]
     untied: list[str]
@@ -130,6 +152,7 @@ class _Manifest(_Part):
     outputs: dict[File, str]
     several: list[File] = Field([], min_length=1)
     allocation: _Allocation | None = None
+    learned: _Learned | None = None
     totals: _Totals
     redone: list[_Redone] = []
 

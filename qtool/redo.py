@@ -72,6 +72,9 @@ def prepare(checkpoint: Checkpoint, out: Path, given: flags.Given, patterns: Seq
     plan = make_plan(checkpoint, made, out, device, {**known, **schemes})
     if {one.name for one in plan.linears} != set(known):
         raise OutputError(f"{out}: its manifest lists other linears than its recipe makes; quantize the model anew")
+    if plan.learning or plan.distilling:
+        raise PlanError(f"{out}: its linears learned together (steps {plan.recipe.method}), so none can be made again "
+                        "alone; quantize the model anew")
     if rotate.describe(plan.rotated) != record["rotation"]:
         raise PlanError(f"{out}: its weights are rotated otherwise than this recipe says; keep its step rotate")
     if any(one.scheme.activations == "tensor" for one in plan.linears) and not plan.recipe.measures_ranges:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qtool import repairs
+from qtool import learned, repairs
 from qtool.units import millions, percent, size, span
 
 OUTLIERS_SHOWN = 5  # of each linear; JSON has all that the manifest lists
@@ -53,6 +53,7 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float, redone: int
         *rotated(manifest["rotation"]),
     ]
     rows += _allocated(manifest.get("allocation"))
+    rows += [("learned", text) for text in learned.sentences(manifest["layers"], manifest.get("learned"))]
     kind, errors = errors_of(manifest["layers"])
     if errors:
         (worst, name), middle = errors[-1], errors[len(errors) // 2][0]
@@ -110,6 +111,7 @@ def inspected(data: Mapping[str, Any]) -> RenderableType:
         rows.append(("made by", f"qtool {made['qtool']} from {made['source']}, {made['method']}"
                                 + (f", {made['tokens']} tokens of {made['calibration']}" if made["tokens"] else "")))
     rows += _allocated(data["allocation"])
+    rows += [("learned", text) for text in learned.told_of(data["learned"])]
     error = data["error"]
     if error:
         rows.append(("error", f"median {percent(error['median'])} of the {error['of']}, "

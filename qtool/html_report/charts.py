@@ -157,6 +157,36 @@ def error_by_size(points: Sequence[Mapping[str, Any]], of: str, tall: bool) -> d
     }
 
 
+def loss_curve(points: Sequence[Mapping[str, Any]], kept: int, tall: bool) -> dict[str, Any]:
+    """Two lines over the steps: on the text that was learned from, and on held-out text, with the step that was kept.
+
+    points: step, fitting (or None), held_out. tall: for narrow screens.
+    """
+    names = {"fitting": "text learned from", "held_out": "held-out text"}
+    values = [{"step": one["step"], "loss": one[key], "of": name,
+               "tip": f"step {one['step']}, {name}: {one[key]:.5g} nats per token"}
+              for key, name in names.items() for one in points if one[key] is not None]
+    x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False, "tickMinStep": 1,
+                                                                          "tickCount": 4 if tall else 8}}
+    y = {"field": "loss", "type": "quantitative", "title": None, "scale": {"zero": False}, "axis": {"tickCount": 5}}
+    colour = {"field": "of", "type": "nominal", "title": None, "sort": list(names.values()),
+              "scale": {"domain": list(names.values()), "range": ["#3b7dd8", "#d9822b"]},
+              "legend": {"columnPadding": 24}}
+    title = {"text": "divergence, nats per token", "anchor": "start", "fontSize": 11, "fontWeight": "normal",
+             "offset": 10}
+    return {
+        "width": TALL if tall else WIDE, "height": 240 if tall else 280, "title": title,
+        "autosize": {"type": "fit-x", "contains": "padding"}, "data": {"values": values},
+        "layer": [
+            {"mark": {"type": "line", "strokeWidth": 2, "aria": False}, "encoding": {"x": x, "y": y, "color": colour}},
+            {"mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
+             "encoding": {"x": x, "y": y, "color": colour, "description": {"field": "tip"}}},
+            {"transform": [{"filter": f"datum.step == {kept} && datum.of == '{names['held_out']}'"}],
+             "mark": {"type": "point", "size": 170, "strokeWidth": 1.5, "aria": False}, "encoding": {"x": x, "y": y}},
+        ],
+    }
+
+
 def _apart(places: Sequence[float], least: float) -> list[float]:
     """The same places in the same order, moved down where two are nearer than `least`."""
     moved, last = [0.0] * len(places), -math.inf

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from qtool import heatmap, repairs
+from qtool import heatmap, learned, repairs
 from qtool.heatmap import ERRORS, Cells, Measure, Row, Scale
-from qtool.html_report.charts import Charts, heat_map
+from qtool.html_report.charts import Charts, heat_map, loss_curve
 from qtool.html_report.markup import Element, Piece, facts, folded, node, percent, table
 from qtool.html_report.runs import MEANINGS, NAMES, Run, Scales, how, kept, source_bytes, spread
 from qtool.units import millions, size
@@ -38,8 +38,8 @@ def article(run: Run, number: int, name: str | None, known: Scales, charts: Char
     stayed = kept(run)
     head = node("header", node("h2", name), node("p", how(run), class_="lead")) if name else None
     maps = [_map(figure, cells, stayed, level, charts) for figure in _figures(run, known)]
-    return node("article", head, _headline(run), *maps, _worst(run, level), _stored(run, level), _origin(run, level),
-                id=f"run-{number}")
+    return node("article", head, _headline(run), *maps, _worst(run, level), _stored(run, level),
+                _learning(run, level, charts), _origin(run, level), id=f"run-{number}")
 
 
 def _headline(run: Run) -> Element:
@@ -176,6 +176,22 @@ def _stored(run: Run, level: str) -> Element:
     return node("section", node(level, "What is stored"), schemes, rest)
 
 
+def _learning(run: Run, level: str, charts: Charts) -> Element | None:
+    """How the divergence fell while the whole model learned."""
+    told = (run.record or {}).get("learned")
+    if not told or len(told["curve"]) < 2:
+        return None
+    figures = table(["step", "on the text learned from", "on held-out text"], [
+        [str(one["step"]), "" if one["fitting"] is None else f"{one['fitting']:.5g}", f"{one['held_out']:.5g}"]
+        for one in told["curve"]])
+    drawings = [charts.draw(loss_curve(told["curve"], told["kept_step"], tall), "Divergence by step",
+                            "tall" if tall else "wide") for tall in (False, True)]
+    text = (f"KL divergence of the original model's predictions from this one's, in nats per token. Step "
+            f"{told['kept_step']} was the best on held-out text and is what was kept.")
+    return node("section", node(level, "Learning"), node("p", text, class_="note"), *drawings,
+                folded("Figures", figures))
+
+
 def _origin(run: Run, level: str) -> Element:
     """Model, method, calibration, versions; recipe and manifest behind folds."""
     summary, record = run.summary, run.record or {}
@@ -186,6 +202,7 @@ def _origin(run: Run, level: str) -> Element:
                          f"{summary['dtype']}")]
     if made:
         pairs += [("made from", str(made["source"])), ("method", made["method"])]
+        pairs += [("learned", text) for text in learned.sentences(record.get("layers", []), record.get("learned"))]
         if made["tokens"]:
             pairs.append(("calibrated on", f"{made['tokens']:,} tokens of {made['calibration']}"))
         if allocation:

@@ -155,7 +155,7 @@ def summary(graph: Graph) -> dict[str, Any]:
         "bits_per_parameter": round(8 * stored / max(parameters, 1), 4),
         "bits_per_weight": round(8 * count / weights, 4) if weights else round(8 * stored / max(parameters, 1), 4),
         "schemes": schemes_of(rows), "not_quantized": _kept(kept), "error": manifest.errors(rows), "kv_cache": None,
-        "outliers": None, "made_by": made_by(graph.record), "allocation": None,
+        "outliers": None, "made_by": made_by(graph.record), "allocation": None, "learned": None,
         "operators": dict(sorted(Counter(node.op_type for node in graph.nodes).items())),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qtool import footprint, manifest
+from qtool import footprint, learned, manifest
 from qtool.decode import Source
 from qtool.inspect.files import SCHEMA, bits_per_weight, dtype_name, linear_bytes, record_of, stored_name
 from qtool.inspect.layers import layers
@@ -30,7 +30,14 @@ def summary(source: Source) -> dict[str, Any]:
         "kv_cache": "fp8" if source.cache_scales() else None, "outliers": _outliers(rows), "made_by": made_by(record),
         "allocation": {key: value for key, value in ((record or {}).get("allocation") or {}).items()
                        if key != "linears"} or None,
+        "learned": _learned(record or {}),
     }
+
+
+def _learned(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of the steps that learn; None where none did."""
+    told = {"tuned": learned.blocks(record.get("layers", [])), "distilled": record.get("learned")}
+    return told if any(told.values()) else None
 
 
 def architecture(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool import decode, inspect, manifest
+from qtool import decode, flags, html_report, inspect, learned, manifest, redo
+from qtool.checkpoint import open_checkpoint
 from qtool.errors import PlanError
 from qtool.models import calibration
 from qtool.recipe import Calibration
@@ -144,3 +145,24 @@ def test_what_cannot_be_learned_is_refused_by_the_plan(changes: dict[str, Any], 
         quantize(model, tmp_path / "out", **{**MORE, "steps": STEPS["tune"], **changes})
     assert not (tmp_path / "out.partial").exists()
 
+
+
+def test_a_redo_of_what_learned_together_is_refused(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    run(model, tmp_path / "out", "tune")
+    with pytest.raises(PlanError, match="learned together"):
+        redo.prepare(open_checkpoint(str(model)), tmp_path / "out", flags.Given(None, None, {}, []), ["model.layers.1.*"], "cpu")
+
+
+def test_inspect_and_the_page_tell_of_learning(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    made = run(model, tmp_path / "out", "qat")
+    summary = inspect.summary(decode.open_model(str(tmp_path / "out")))
+    tuned, distilled = summary["learned"]["tuned"], summary["learned"]["distilled"]
+    assert tuned["blocks"] == 3 and 0 < tuned["loss_ratio"] < 1 and distilled == made["learned"]
+    told = learned.told_of(summary["learned"])
+    assert len(told) == 2 and "3 blocks became better" in told[0] and "divergence on held-out text" in told[1]
+    pytest.importorskip("vl_convert")
+    page = html_report.page([html_report.Run(summary, inspect.layers(decode.open_model(str(tmp_path / "out")), made),
+                                             made)]).decode()
+    assert "<h2>Learning</h2>" in page and f"{distilled['curve'][0]['held_out']:.5g}" in page
