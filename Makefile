@@ -40,7 +40,7 @@ test: $(READY) browser  ## the tests (no network, no GPU)
 
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
 	bash loaders/setup.sh gptqmodel llamacpp mlx onnx vllm
-	$(BIN)/python -m pytest -m loaders tests/loaders
+	$(BIN)/python -m pytest -m loaders tests/loaders $(OPTIONS)
 
 test-trust: $(READY)  ## the long tests that try to break it: killed, starved, lied to (docs/reliability.md)
 	$(BIN)/python -m pytest -m trust tests/trust
