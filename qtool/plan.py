@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from qtool import budget, devices, estimate, found, keeping, plan_gguf, plan_learning, rotate
+from qtool import budget, devices, estimate, found, group_sizes, keeping, plan_gguf, plan_learning, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
 from qtool.formats import stored_bytes
@@ -32,8 +32,6 @@ from qtool.units import size
 
 if TYPE_CHECKING:
     from qtool.checkpoint.gguf_writer import GgufModel
-
-AUTO_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
     if recipe.budget is not None:
         problem = budget.pose(recipe, format_, model_dtype, linears, layout.bytes_beside(linears))
         linears = _with_schemes(linears, problem.guess())
-    recipe, linears = _settle_groups(recipe, _with_schemes(linears, schemes or {}))
+    recipe, linears = group_sizes.settle(recipe, _with_schemes(linears, schemes or {}))
     _check([*linears, *outside], format_)
     stages = layout.stages(linears, outside)
     recipe = settle_calibration(recipe, target)
@@ -339,33 +337,6 @@ def settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
     settled = {"samples": given.samples or (512 if fast else 128),
                "batch_tokens": given.batch_tokens or (16_384 if fast else 1024)}
     return recipe.model_copy(update={"calibration": given.model_copy(update=settled)})
-
-
-def _settle_groups(recipe: Recipe, linears: list[LinearPlan]) -> tuple[Recipe, list[LinearPlan]]:
-    """Replace group_size auto, and refuse sizes that do not divide an input width."""
-    if recipe.mixture is not None:  # the types have their blocks
-        return recipe, linears
-    auto = [linear for linear in linears if linear.scheme.group_size == "auto"]
-    if auto:
-        size = next((g for g in AUTO_GROUPS if all(linear.shape[1] % g == 0 for linear in auto)), None)
-        if size is None:
-            worst = next(linear for linear in auto if linear.shape[1] % AUTO_GROUPS[-1])
-            raise PlanError(f"--group-size auto: none of 128, 64, 32 divides the {worst.shape[1]} input columns of "
-                            f"{worst.name}; use --group-size -1 (per channel) or a rule for it")
-        if recipe.scheme.group_size == "auto":
-            recipe = recipe.model_copy(update={"scheme": recipe.scheme.model_copy(update={"group_size": size})})
-        linears = [replace(one, scheme=one.scheme.model_copy(update={"group_size": size}))
-                   if one.scheme.group_size == "auto" else one for one in linears]
-    wrong = [one for one in linears if one.scheme.group_size != -1 and one.shape[1] % int(one.scheme.group_size)
-             and one.scheme.strategy != "block"]  # of blocks, the format tells more
-    if wrong:
-        widths = sorted({one.shape[1] for one in linears})
-        fits = [g for g in (256, 128, 64, 32, 16, 8) if all(width % g == 0 for width in widths)]
-        raise PlanError(
-            f"group size {wrong[0].scheme.group_size} does not divide the {wrong[0].shape[1]} input columns of "
-            f"{wrong[0].name} ({len(wrong)} of {len(linears)} linears); sizes that fit every layer: "
-            f"{', '.join(map(str, [*fits, -1]))} (-1 is per channel); or give --group-size auto")
-    return recipe, linears
 
 
 def _check(linears: list[LinearPlan], format_: ModuleType) -> None:

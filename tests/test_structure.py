@@ -19,7 +19,7 @@ RANKS = {
     "files": 1, "explained": 1, "activations": 2, "ops": 2, "grids": 3, "layer": 3, "repairs": 4,
     "methods": 4, "formats": 4, "models": 4, "checkpoint": 4,
     "manifest": 5, "stages": 5, "estimate": 5, "decode": 5, "budget": 5, "rotate": 5, "plan": 5, "plan_gguf": 5,
-    "plan_learning": 5, "learned": 1,
+    "plan_learning": 5, "group_sizes": 5, "learned": 1,
     "journal": 5, "manifest_schema": 5, "workspace": 6, "outside": 6, "stream": 6, "rescale": 6, "outliers": 6,
     "card": 6, "report": 6, "sensitivity": 6, "heatmap": 6, "records": 6,
     "container": 6, "onnx_graph": 6, "transfer": 6, "footprint": 6, "report_eval": 6, "runtime": 6,

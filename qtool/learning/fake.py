@@ -19,7 +19,7 @@ from qtool import found
 from qtool.tensors import QuantizedTensor
 
 Values = Mapping[str, torch.Tensor]
-SCALE = "scale"
+SCALE, SCALES = "scale", ("scale", "scales")
 
 
 def learnable(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
@@ -45,7 +45,9 @@ def dense(tensor: QuantizedTensor, values: Values) -> torch.Tensor:
     """float32 [N, K]: the weight that stays when these values are stored, differentiable in them."""
     grid = found.load("grids", tensor.grid)
     if hasattr(grid, "smooth"):
-        made: torch.Tensor = grid.smooth(tensor, values)
+        held = grid.learnable(grid.stored(tensor, values))
+        made: torch.Tensor = grid.smooth(tensor, {what: value + (held[what] - value).detach()
+                                                  for what, value in values.items()})
         return made
     return FixedCodes.apply(values[SCALE], tensor, grid) if values else grid.decode(tensor)
 

@@ -100,7 +100,7 @@ def _values(tensor: QuantizedTensor, path: str, move: Moves) -> dict[str, torch.
     made = {}
     for what, value in fake.learnable(tensor).items():
         if (name := f"{path}|{what}") in move:
-            made[what] = value * (1 + move[name].clamp_min(-0.9)) if what == fake.SCALE else _moved(value, move[name])
+            made[what] = value * (1 + move[name].clamp_min(-0.9)) if what in fake.SCALES else _moved(value, move[name])
     return made
 
 
