@@ -6,11 +6,11 @@ source bit for bit; a pair of formats that cannot hold the same numbers is refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,17 +21,14 @@ from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
+from qtool.resuming import WRITTEN, resumed, unwritten
 from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec, same_bits
 from qtool.workspace import Workspace, recover, refuse_existing
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
-WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
-SOME = "some weights"  # the stage that says how many are
 ALREADY = "it was there already: this command finished it before"
-RECORDED = 256 << 20  # bytes that are written between two lines of the journal
 NONE = torch.empty(0)
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -127,29 +124,6 @@ def finished(where: Path, source: Source, target: str, **settings: Any) -> dict[
 
 def _exported_from(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": inspect.stored_name(source), "qtool": qtool.__version__, "files": source.hashes(), **settings}
-
-
-def resumed(work: Workspace) -> bool:
-    """Whether some of the files must be there."""
-    return not work.finished.keys().isdisjoint((SOME, WRITTEN))
-
-
-def unwritten(work: Workspace, items: Sequence[Item], size: Callable[[Item], int], sync: Callable[[], None],
-              notes: Callable[[], dict[str, Any]] = dict) -> Iterator[tuple[int, Item]]:
-    """The items to write that an earlier command has not written, with their places.
-
-    Every RECORDED bytes (size: of an item) what was written is made durable and recorded, with `notes` beside.
-    """
-    if WRITTEN in work.finished:
-        return
-    first, since = work.finished.get(SOME, {}).get("count", 0), 0
-    for place, item in enumerate(items[first:], first):
-        yield place, item
-        since += size(item)
-        if since >= RECORDED:
-            sync()
-            work.record(SOME, {"count": place + 1, **notes()})
-            since = 0
 
 
 def refuse_full_disk(out: Path, weights: int, source: Source) -> None:

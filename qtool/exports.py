@@ -53,6 +53,14 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
 
 def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
     """The exporter and its job; the others are not imported, which would take longer than many an export."""
+    from qtool.checkpoint import local_gguf
+
+    if wanted.to == "gguf" and (file := local_gguf(path)) is not None:
+        from qtool import retype
+
+        job = retype.make_export(file, wanted.type, wanted.out, wanted.imatrix)
+        if job is not None:
+            return retype, job
     from qtool.decode import open_model
 
     source = open_model(path)
