@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import console
+from qtool import console, heap
 from qtool.errors import InputError
 
 
@@ -44,6 +44,7 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
         return _requantized(path, wanted, wanted.requantize, quiet)
     with console.working(f"reading {path}", quiet):
         module, job = _made(path, wanted)
+    heap.settle()
     for text in job.lost:
         console.note(f"note: {text}", quiet)
     with console.steps("exporting", quiet) as step:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 
 from qtool.units import size
@@ -24,6 +25,12 @@ def reuse() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         mallopt(M_TRIM_THRESHOLD, TRIMMED_FROM)
+
+
+def settle() -> None:
+    """Once all modules are there: the collector, which finds garbage nowhere in them, need not look through them again."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def reserve(count: int) -> None:
