@@ -8,13 +8,10 @@ a time, by one thread per core.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gguf
 import torch
@@ -22,6 +19,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
 from qtool import found, heap, manifest, repairs, resuming, storage
+from qtool.ahead import ahead
 from qtool.checkpoint.gguf_families import EMBEDDING, HEAD, Part
 from qtool.checkpoint.gguf_file import dtype_of, opened, read_blocks
 from qtool.checkpoint.gguf_header import GgufTensor
@@ -45,8 +43,7 @@ FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationT
 PLAIN = rtn.Options(shrink_steps=9, rounds=1)  # a shorter search than with text
 TENSORS_NAME = "model.gguf"  # in the working directory
 CHUNK_ELEMENTS = 1 << 18  # of what one thread has in work: it stays in the cache
-AHEAD = 3  # chunks per thread that wait to be written
-Item, Made = TypeVar("Item"), TypeVar("Made")
+AHEAD = 4  # chunks per thread that are in work or wait to be written
 
 
 @dataclass(frozen=True)
@@ -186,9 +183,9 @@ def _write(job: Retyping, work: Workspace, file: SealedFile, step: Callable[[int
     def chunks(one: Stored) -> Iterator[Chunk]:
         return _chunks(tensors[one.name], one.kind, parts.get(one.name, []))
 
-    with _one_thread_each() as pool:
-        made = _in_order(pool, lambda chunk: _encoded(job, chunk), (chunk for one in job.stored[first:]
-                                                                   for chunk in chunks(one)))
+    threads = torch.get_num_threads()
+    left = (chunk for one in job.stored[first:] for chunk in chunks(one))
+    with ahead(lambda chunk: _encoded(job, chunk), left, threads, AHEAD * threads) as made:
         for done, one in resuming.unwritten(work, job.stored, lambda one: one.nbytes, file.sync,
                                             lambda: {"same": sorted(same)}):
             step(done, len(job.stored), one.name)
@@ -208,30 +205,6 @@ def _write(job: Retyping, work: Workspace, file: SealedFile, step: Callable[[int
         work.record(resuming.SOME, {"count": len(job.stored), "same": sorted(same)})
         work.record(resuming.WRITTEN, {})
     return same
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as the ops would have, each of which runs ops of one: all work is shared then, not theirs only."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
-
-
-def _in_order(pool: ThreadPoolExecutor, make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """What is made of each, in order; some are made ahead."""
-    waiting: deque[Future[Made]] = deque()
-    for item in items:
-        waiting.append(pool.submit(make, item))
-        if len(waiting) > AHEAD * pool._max_workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _rows(shape: tuple[int, ...]) -> int:

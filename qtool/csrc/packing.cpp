@@ -47,12 +47,22 @@ inline uint64_t spread(uint64_t octet) {
   return (octet & one) | (octet >> bits & one) << 8;
 }
 
+// The inverse: of eight bytes their low bits, side by side.
+template <int bits>
+inline uint64_t gather(uint64_t octet) {
+  constexpr uint64_t four = low_bits(4 * bits, 64), two = low_bits(2 * bits, 32), one = low_bits(bits, 16);
+  octet = (octet & one) | (octet >> 8 & one) << bits;
+  octet = (octet & two) | (octet >> 16 & two) << 2 * bits;
+  return (octet & four) | (octet >> 32 & four) << 4 * bits;
+}
+
 // A row is a stream of bytes, too: eight codes fill `bits` of them.
 template <int bits>
 void pack_row(const uint8_t* codes, int64_t count, uint8_t* out) {
   for (; count >= 8; count -= 8, codes += 8, out += bits) {
-    uint64_t octet = 0;
-    for (int i = 0; i < 8; ++i) octet |= (uint64_t)codes[i] << (bits * i);
+    uint64_t octet;
+    std::memcpy(&octet, codes, 8);
+    octet = gather<bits>(octet);
     std::memcpy(out, &octet, bits);
   }
   if (count == 0) return;  // there may be no memory at all
