@@ -29,7 +29,7 @@ def reuse() -> None:
 
 
 def settle() -> None:
-    """Once all modules are there: the collector, which finds garbage nowhere in them, need not look through them again."""
+    """Once all modules are there: the collector, which finds no garbage in them, need not look through them again."""
     if not gc.get_freeze_count():
         gc.freeze()
 

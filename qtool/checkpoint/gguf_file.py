@@ -227,7 +227,8 @@ def _drop_added(path: Path, count: int) -> None:
 
 
 def check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError. The tokenizers library ends in errors of no class, or in a panic, for what is refused here."""
+    """Raises CheckpointError. The tokenizers library ends in errors of no class, or in a panic, for what is refused
+    here."""
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges", [])
     if not _texts(tokens) or not _texts(merges):
         raise CheckpointError(f"{where}: tokenizer.ggml.tokens or .merges is not a list of texts; {REMEDY}")
