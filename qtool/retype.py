@@ -237,14 +237,15 @@ def _encoded(job: Retyping, chunk: Chunk) -> tuple[torch.Tensor, bool]:
         _refuse_non_finite(path, tensor, part.scale, offset)
         return raw, True
     values = _values(raw, tensor)
-    _refuse_non_finite(path, tensor, values)
+    ends = torch.stack(values.aminmax())
+    _refuse_non_finite(path, tensor, ends)
     if kind in DTYPES:
         made = values.to(DTYPES[kind])
         if kind == GGMLQuantizationType.F16 and not all_finite(made):
             raise PlanError(f"{tensor.name} has values beyond 65504, which F16 cannot hold; use --type bf16 or f32")
         return made.contiguous().view(torch.uint8), torch.equal(made.float(), values)
     grid = found.load("grids", kind.name.lower())
-    repairs.refuse_too_large(tensor.name, values, grid.scheme, torch.float16)
+    repairs.refuse_too_large(tensor.name, ends, grid.scheme, torch.float16)
     fitted = grid.fit(values, grid.scheme, torch.float16, job.importance.get(chunk.weight), PLAIN.shrink_steps,
                       PLAIN.signed, PLAIN.rounds)
     linear = tensor.name.removesuffix(".weight")
