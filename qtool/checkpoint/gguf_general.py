@@ -65,8 +65,11 @@ def _card(path: Path) -> dict[str, Any]:
         said = safe_yaml.parse(front, str(path))
     except (OSError, UnicodeDecodeError, InputError):  # what a card says is no reason to refuse a model
         return {}
-    return {key: value for key, value in (said.items() if isinstance(said, dict) else ())
-            if _is_text(value) or (isinstance(value, list) and 0 < len(value) <= MAX_ITEMS and all(map(_is_text, value)))}
+    return {key: value for key, value in said.items() if _is_plain(value)} if isinstance(said, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and 0 < len(value) <= MAX_ITEMS and all(map(_is_text, value)))
 
 
 def _is_text(value: Any) -> bool:
@@ -80,8 +83,8 @@ def _sampling(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     made: dict[str, Any] = {}
-    for theirs, (ours, whole) in SAMPLING.items():
-        value = said.get(theirs) if isinstance(said, dict) else None
+    for theirs, (ours, whole) in SAMPLING.items() if isinstance(said, dict) else ():
+        value: Any = said.get(theirs)
         if type(value) in ((int,) if whole else (int, float)) and 0 <= value < 1 << 31:
             made[ours] = value if whole else float(value)
     return made

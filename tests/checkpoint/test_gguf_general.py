@@ -64,7 +64,8 @@ def test_the_converters_keys(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("card", [
     "---\na: &a [x, x]\nb: [*a, *a]\ntags: [t]\n---\n", "---\nlicense: {a: b}\ntags: [1, [2]]\nlanguage: []\n---\n",
-    "---\nlicense: \"\\ud800\"\nname: \"a\\x1b[2J\"\n---\n", "---\n" + "[" * 3000 + "\n---\n", "no front matter", "---\n",
+    "---\nlicense: \"\\ud800\"\nname: \"a\\x1b[2J\"\n---\n", "---\n" + "[" * 3000 + "\n---\n", "no front",
+    "---\n",
     "---\nlicense: !!python/object:os.system x\n---\n", "---\nbase_model: [\"http://a b/\", \"///\", \"-\"]\n---\n"])
 def test_cards_of_strange_things(card: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)
