@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
@@ -38,6 +39,7 @@ from qtool.tensors import TensorSpec, all_finite, same_bits
 from qtool.workspace import Workspace, recover
 
 NAME = "gguf"
+SCHEMA = 1  # of what is printed, as inspect.SCHEMA, whose import takes longer than much of the work
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
               GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16}
 PLAIN = rtn.Options(shrink_steps=9, rounds=1)  # a shorter search than with text
@@ -231,7 +233,7 @@ def _encoded(job: Retyping, chunk: Chunk) -> tuple[torch.Tensor, bool]:
     with opened(path, tensor) as descriptor:
         raw = torch.from_numpy(read_blocks(descriptor, tensor, chunk.first, chunk.rows))
     if kind == tensor.kind and tensor.kind.name.lower() in TYPES:
-        part = blocks.unpack(tensor.name, lambda name: raw, found.load("grids", kind.name.lower()).scheme,
+        part = blocks.unpack(tensor.name.removesuffix(".weight"), lambda _: raw, found.load("grids", kind.name.lower()).scheme,
                              (chunk.rows, tensor.shape[-1]))
         offset = part.offset if part.offset is not None else part.scale
         _refuse_non_finite(path, tensor, part.scale, offset)
@@ -261,7 +263,8 @@ def _values(raw: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
         scheme = found.load("grids", name).scheme
         return blocks.dequantize(tensor.name.removesuffix(".weight"), lambda _: raw, scheme,
                                  (raw.shape[0], tensor.shape[-1]))
-    return torch.from_numpy(gguf.dequantize(raw.numpy(), tensor.kind))
+    with np.errstate(all="ignore"):  # a scale that is inf or NaN is found in the values
+        return torch.from_numpy(gguf.dequantize(raw.numpy(), tensor.kind))
 
 
 def _refuse_non_finite(path: Path, tensor: GgufTensor, *values: torch.Tensor) -> None:
@@ -275,7 +278,7 @@ def _told(job: Retyping, lossless: bool) -> dict[str, Any]:
     for one in job.source.header.tensors.values():
         sizes[one.kind.name] = sizes.get(one.kind.name, 0) + one.nbytes
     return {
-        "schema": manifest.SCHEMA, "out": str(job.out), "format": f"{NAME} {job.label}",
+        "schema": SCHEMA, "out": str(job.out), "format": f"{NAME} {job.label}",
         "from": "gguf " + ", ".join(sorted(sizes, key=lambda kind: -sizes[kind])), "linears": 0, "lossless": lossless,
         "source_bytes": sum(sizes.values()), "weight_bytes": job.out.stat().st_size, "notes": [],
         "outputs": {job.out.name: manifest.file_hash(job.out)},
