@@ -8,6 +8,7 @@ a time, by one thread per core.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from qtool.workspace import Workspace, recover
 
 NAME = "gguf"
 SCHEMA = 1  # of what is printed, as inspect.SCHEMA, whose import takes longer than much of the work
+DENSE_NAMES = {kind.name: kind for kind in DENSE.values()}
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
               GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16}
 PLAIN = rtn.Options(shrink_steps=9, rounds=1)  # a shorter search than with text
@@ -82,7 +84,7 @@ def make_export(path: Path, kind: str | None, out: Path | None, imatrix: Path | 
     kind: f32, f16, bf16 or a mixture; None: that of the matrices, bfloat16 where they are quantized. Raises
     CheckpointError, OutputError.
     """
-    kind = None if kind is None else kind.lower()
+    kind = None if kind is None or kind.lower() == "auto" else kind.lower()
     if (kind is not None and kind.upper() not in DENSE_NAMES and kind not in MIXTURES) or (
             imatrix is not None and kind not in MIXTURES):
         return None
@@ -103,9 +105,6 @@ def make_export(path: Path, kind: str | None, out: Path | None, imatrix: Path | 
                    for one in source.header.tensors.values())
     weighed = hashlib.sha256(b"".join(each.numpy().tobytes() for _, each in sorted(means.items()))).hexdigest()
     return Retyping(source, _place(path, label, out), label, file_type, stored, means, weighed if means else None)
-
-
-DENSE_NAMES = {kind.name: kind for kind in DENSE.values()}
 
 
 def _first_parts(source: GgufOutline) -> Iterator[tuple[str, GgufTensor, str]]:
@@ -194,7 +193,7 @@ def _write(job: Retyping, work: Workspace, file: SealedFile, step: Callable[[int
             kept = True
             for chunk in chunks(one):
                 packed, exact = next(made)
-                offset = one.offset + chunk.first * (one.nbytes // _rows(one.shape))
+                offset = one.offset + chunk.first * (one.nbytes // math.prod(one.shape[:-1]))
                 file.write(as_bytes(packed), offset, one.name)
                 again = file.read(TensorSpec(one.name, torch.uint8, tuple(packed.shape)), offset)
                 if not same_bits(again, packed):
@@ -209,19 +208,12 @@ def _write(job: Retyping, work: Workspace, file: SealedFile, step: Callable[[int
     return same
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
-
-
 def _chunks(tensor: GgufTensor, kind: GGMLQuantizationType, parts: list[tuple[str, Part]]) -> Iterator[Chunk]:
     step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
     if not parts:  # rotary divisors
-        yield Chunk(tensor, kind, tensor.name, 0, _rows(tensor.shape))
+        yield Chunk(tensor, kind, tensor.name, 0, math.prod(tensor.shape[:-1]))
     for name, part in parts:
-        stop = part.start + _rows(part.shape)
+        stop = part.start + math.prod(part.shape[:-1])
         for first in range(part.start, stop, step):
             yield Chunk(tensor, kind, name, first, min(step, stop - first))
 
@@ -233,7 +225,8 @@ def _encoded(job: Retyping, chunk: Chunk) -> tuple[torch.Tensor, bool]:
     with opened(path, tensor) as descriptor:
         raw = torch.from_numpy(read_blocks(descriptor, tensor, chunk.first, chunk.rows))
     if kind == tensor.kind and tensor.kind.name.lower() in TYPES:
-        part = blocks.unpack(tensor.name.removesuffix(".weight"), lambda _: raw, found.load("grids", kind.name.lower()).scheme,
+        scheme = found.load("grids", kind.name.lower()).scheme
+        part = blocks.unpack(tensor.name.removesuffix(".weight"), lambda _: raw, scheme,
                              (chunk.rows, tensor.shape[-1]))
         offset = part.offset if part.offset is not None else part.scale
         _refuse_non_finite(path, tensor, part.scale, offset)

@@ -128,7 +128,7 @@ def convert_values(like: Path, values: dict[str, np.ndarray], out: Path) -> Path
     return out
 
 
-@pytest.mark.parametrize("kind", [None, "bf16", "f32"])
+@pytest.mark.parametrize("kind", [None, "AUTO", "bf16", "f32"])
 def test_dense_types(folder: Path, tmp_path: Path, kind: str | None) -> None:
     told = directly(folder / "llama.gguf", tmp_path / "new.gguf", kind)
     before = through_the_model(folder / "llama.gguf", tmp_path / "old.gguf", kind)
