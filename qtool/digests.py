@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Event
 
 import torch
 
@@ -16,7 +17,7 @@ Places = Sequence[tuple[str, int, int]]  # name, offset in the file, bytes
 DIGITS = 16  # of a tensor's: they tell where the damage is; that there is some, the file's 64 do
 SCRATCH = ("journal.jsonl", "lock", manifest.NAME)
 STREAM = "stream-"
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 20  # stays in a cache
 ROWS = 64  # stays in a cache
 
 
@@ -45,16 +46,32 @@ def places(path: Path) -> Places:
 
 
 def of_file(path: Path, tensors: Places = ()) -> tuple[str, dict[str, str]]:
-    """The file's sha256 and the first digits of that of each tensor, in one pass. Raises OSError."""
-    whole, found = hashlib.sha256(), {}
+    """The file's sha256 and the first digits of that of each tensor, side by side. Raises OSError."""
+    if not tensors:
+        return _whole(path, Event()), {}
+    stop, found = Event(), {}
+    with ThreadPoolExecutor(1) as pool, path.open("rb", buffering=0) as file:
+        try:
+            whole = pool.submit(_whole, path, stop)
+            buffer = memoryview(bytearray(CHUNK_BYTES))
+            for name, offset, count in sorted(tensors, key=lambda one: one[1]):
+                part = hashlib.sha256()
+                file.seek(offset)
+                while count > 0 and (got := file.readinto(buffer[:min(count, CHUNK_BYTES)])):
+                    part.update(buffer[:got])
+                    count -= got
+                found[name] = part.hexdigest()[:DIGITS]
+            return whole.result(), found
+        finally:
+            stop.set()  # a stopped command does not wait for a large file
+
+
+def _whole(path: Path, stop: Event) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        for name, offset, count in sorted(tensors, key=lambda one: one[1]):
-            _read(file, offset - file.tell(), [whole])
-            part = hashlib.sha256()
-            _read(file, count, [whole, part])
-            found[name] = part.hexdigest()[:DIGITS]
-        _read(file, path.stat().st_size - file.tell(), [whole])
-    return whole.hexdigest(), found
+        while not stop.is_set() and (got := file.readinto(buffer)):
+            digest.update(buffer[:got])
+    return digest.hexdigest()
 
 
 def of_values(weight: torch.Tensor) -> str:
@@ -77,11 +94,3 @@ class Values:
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
-
-
-def _read(file: BinaryIO | Any, count: int, digests: Sequence[Any]) -> None:
-    """The next `count` bytes, or those that there are, into all digests."""
-    while count > 0 and (chunk := file.read(min(count, CHUNK_BYTES))):
-        for digest in digests:
-            digest.update(chunk)
-        count -= len(chunk)

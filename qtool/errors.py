@@ -86,5 +86,7 @@ class VerificationError(RunError):
 
 def printable(name: str, limit: int = 200) -> str:
     """The name as a message may show it: no control characters, no lone surrogates, not endless."""
+    if len(name) <= limit and name.isprintable():
+        return name
     shown = "".join(char if char.isprintable() else "?" for char in name[:limit])
     return shown if len(name) <= limit else shown + "..."

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from huggingface_hub.errors import StrictDataclassError
-
 from qtool import heap
 from qtool.errors import CheckpointError, InputError, printable
 
 UNUSABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError, ArithmeticError,
-            MemoryError, AssertionError, ImportError, StrictDataclassError)
+            MemoryError, AssertionError, ImportError)
 PANIC = "PanicException"  # of a library in Rust; a BaseException, of a class that cannot be imported
+STRICT = "StrictDataclassError"  # huggingface_hub's, whose import takes longer than many a command
 
 
 class Explained:
@@ -28,7 +27,10 @@ class Explained:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None or not (kind is Exception or kind.__name__ == PANIC or issubclass(kind, UNUSABLE)):
+        if kind is None:
+            return
+        named = {base.__name__ for base in kind.__mro__} & {PANIC, STRICT}
+        if not (kind is Exception or named or issubclass(kind, UNUSABLE)):
             return
         if error is not None:
             heap.raise_exhausted(error)

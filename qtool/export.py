@@ -6,32 +6,32 @@ source bit for bit; a pair of formats that cannot hold the same numbers is refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 import qtool
 from qtool import card, digests, footprint, formats, found, gguf_codes, heap, inspect, manifest, storage, transfer
+from qtool.ahead import ahead
 from qtool.checkpoint.reader import refuse_non_finite
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
-from qtool.tensors import INPUT_SCALE, QuantizedTensor, TensorSpec, same_bits
+from qtool.resuming import SOME, WRITTEN, resumed, unwritten
+from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec, all_finite, same_bits
 from qtool.workspace import Workspace, recover, refuse_existing
 
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
-WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
-SOME = "some weights"  # the stage that says how many are
+PIECE_BYTES = 8 << 20  # of a large tensor that is copied
+AHEAD = 2  # tensors, or parts of large ones, in memory: one that is read, one that is written
 ALREADY = "it was there already: this command finished it before"
-RECORDED = 256 << 20  # bytes that are written between two lines of the journal
 NONE = torch.empty(0)
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,7 @@ def run(job: Export, step: inspect.Step = inspect.no_steps, restart: bool = Fals
         writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None),
                              resumed(work))
         names = list(job.source.specs)
-        for done, name in unwritten(work, names, lambda name: job.source.specs[name].nbytes, writer.sync):
-            step(done, len(names), name)
-            linear = name.removesuffix(".weight")
-            if linear != name and linear in job.schemes:
-                _convert(job, writer, linear)
-            else:
-                _copy(job, writer, name)
+        _write(job, work, writer, names, step)
         again = job.transfer.attentions and WRITTEN not in work.finished
         for attention, scales in (job.source.cache_scales() if again else {}).items():
             for spec, scale in zip(job.target.kv_scales(attention), scales, strict=True):
@@ -127,29 +121,6 @@ def finished(where: Path, source: Source, target: str, **settings: Any) -> dict[
 
 def _exported_from(source: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": inspect.stored_name(source), "qtool": qtool.__version__, "files": source.hashes(), **settings}
-
-
-def resumed(work: Workspace) -> bool:
-    """Whether some of the files must be there."""
-    return not work.finished.keys().isdisjoint((SOME, WRITTEN))
-
-
-def unwritten(work: Workspace, items: Sequence[Item], size: Callable[[Item], int], sync: Callable[[], None],
-              notes: Callable[[], dict[str, Any]] = dict) -> Iterator[tuple[int, Item]]:
-    """The items to write that an earlier command has not written, with their places.
-
-    Every RECORDED bytes (size: of an item) what was written is made durable and recorded, with `notes` beside.
-    """
-    if WRITTEN in work.finished:
-        return
-    first, since = work.finished.get(SOME, {}).get("count", 0), 0
-    for place, item in enumerate(items[first:], first):
-        yield place, item
-        since += size(item)
-        if since >= RECORDED:
-            sync()
-            work.record(SOME, {"count": place + 1, **notes()})
-            since = 0
 
 
 def refuse_full_disk(out: Path, weights: int, source: Source) -> None:
@@ -198,19 +169,76 @@ def _outputs(source: Source, target: ModuleType, how: transfer.Transfer) -> Iter
         yield from target.kv_scales(attention)
 
 
-def _convert(job: Export, writer: ShardWriter, linear: str) -> None:
-    """The same codes and scales in the target's layout; then what lies in the file against the source."""
-    quantized = job.source.read_quantized(linear)
-    scheme = job.schemes[linear]
-    if found.load("grids", scheme.grid).FREE_SCALES:
-        quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
-    quantized = replace(quantized, symmetric=scheme.symmetric)
-    for name, tensor in job.target.pack(linear, quantized, job.transfer.dtype).items():
-        writer.write(name, tensor)
-    shape = job.source.specs[linear + ".weight"].shape
-    again = job.target.unpack(linear, writer.read_back, scheme, shape)
-    if not _same(quantized, again):
-        raise VerificationError(f"{linear}: its values in {writer.folder} differ from those in {job.source.origin}; "
+@dataclass(frozen=True)
+class _Piece:
+    """What is written at once: a quantized linear, a whole tensor, or of a large one the rows start .. stop."""
+
+    name: str
+    linear: str | None = None
+    rows: tuple[int, int] | None = None
+
+
+def _pieces(job: Export, name: str) -> Iterator[_Piece]:
+    spec, linear = job.source.specs[name], name.removesuffix(".weight")
+    if linear != name and linear in job.schemes:
+        yield _Piece(name, linear)
+    elif job.source.kind == "gguf" or linear in job.source.schemes or spec.nbytes <= PIECE_BYTES:
+        yield _Piece(name)  # decoded as a whole
+    else:
+        step = max(1, PIECE_BYTES // (spec.nbytes // spec.shape[0]))
+        for start in range(0, spec.shape[0], step):
+            yield _Piece(name, rows=(start, min(start + step, spec.shape[0])))
+
+
+def _write(job: Export, work: Workspace, writer: ShardWriter, names: Sequence[str], step: inspect.Step) -> None:
+    """Write all tensors that are not there yet. The next one is read and packed while one is written and compared."""
+    first = len(names) if WRITTEN in work.finished else work.finished.get(SOME, {}).get("count", 0)
+    pieces = (piece for name in names[first:] for piece in _pieces(job, name))
+    with ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
+        for done, name in unwritten(work, names, lambda name: job.source.specs[name].nbytes, writer.sync):
+            step(done, len(names), name)
+            for piece in _pieces(job, name):
+                _store(job, writer, piece, next(made))
+
+
+@torch.inference_mode()
+def _read(job: Export, piece: _Piece) -> Any:
+    """Of a linear the codes and scales, and the same in the target's layout; else the tensor, or its rows."""
+    if piece.linear is not None:
+        quantized = job.source.read_quantized(piece.linear)
+        scheme = job.schemes[piece.linear]
+        if found.load("grids", scheme.grid).FREE_SCALES:
+            quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
+        quantized = replace(quantized, symmetric=scheme.symmetric)
+        return quantized, job.target.pack(piece.linear, quantized, job.transfer.dtype)
+    if piece.rows is None:
+        return refuse_non_finite(job.source.origin, piece.name, job.source.read(piece.name))
+    rows = job.source.read_rows(piece.name, *piece.rows)
+    if rows.dtype in FLOATING and not all_finite(rows):
+        refuse_non_finite(job.source.origin, piece.name, job.source.read(piece.name))  # counts all that are not
+    return rows
+
+
+def _store(job: Export, writer: ShardWriter, piece: _Piece, made: Any) -> None:
+    """Write a piece; then what lies in the file against the source."""
+    if piece.linear is not None:
+        quantized, packed = made
+        for name, tensor in packed.items():
+            writer.write(name, tensor)
+        shape = job.source.specs[piece.name].shape
+        again = job.target.unpack(piece.linear, writer.read_back, job.schemes[piece.linear], shape)
+        if not _same(quantized, again):
+            raise VerificationError(f"{piece.linear}: its values in {writer.folder} differ from those in "
+                                    f"{job.source.origin}; the disk or the memory of this machine may be faulty")
+        return
+    if piece.rows is None:
+        writer.write(piece.name, made)
+        back = writer.read_back(piece.name)
+    else:
+        writer.write_rows(piece.name, piece.rows[0], made)
+        back = writer.read_rows_back(piece.name, *piece.rows)
+    if not same_bits(back, made):
+        raise VerificationError(f"{piece.name}: what was read back from {writer.folder} differs from what was written; "
                                 "the disk or the memory of this machine may be faulty")
 
 
@@ -221,15 +249,6 @@ def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
     pairs = [(one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
              (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1), other.extra.get(INPUT_SCALE, NONE).float())]
     return all(torch.equal(left, right) for left, right in pairs)
-
-
-def _copy(job: Export, writer: ShardWriter, name: str) -> None:
-    """A tensor as the dense view has it: decoded if it is quantized, else as stored."""
-    tensor = refuse_non_finite(job.source.origin, name, job.source.read(name))
-    writer.write(name, tensor)
-    if not same_bits(writer.read_back(name), tensor):
-        raise VerificationError(f"{name}: what was read back from {writer.folder} differs from what was written; the "
-                                "disk or the memory of this machine may be faulty")
 
 
 def _finish(job: Export, work: Workspace, names: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 import qtool
-from qtool import export, footprint, found, inspect, manifest, outside, plan_gguf, recipe
+from qtool import footprint, found, inspect, manifest, outside, plan_gguf, recipe, resuming
 from qtool import storage as disk
 from qtool.checkpoint.gguf_header import read_gguf_header
 from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter, file_bytes
@@ -163,9 +163,9 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps, restart: bool = 
     disk.refuse_full(job.out, needed, "this export", ["choose an --out on another disk"])
     with Workspace(job.out, identity, restart) as work, torch.inference_mode():
         writer = GgufWriter(work.folder / TENSORS_NAME, storage.outputs, job.model, storage.types, storage.file_type,
-                            export.resumed(work))
-        same: set[str] = set(work.finished.get(export.SOME, {}).get("same", ()))
-        left = export.unwritten(work, storage.outputs, lambda spec: spec.nbytes, writer.sync,
+                            resuming.resumed(work))
+        same: set[str] = set(work.finished.get(resuming.SOME, {}).get("same", ()))
+        left = resuming.unwritten(work, storage.outputs, lambda spec: spec.nbytes, writer.sync,
                                 lambda: {"same": sorted(same)})
         for done, spec in left:
             step(done, len(storage.outputs), spec.name)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import export, inspect, storage, transfer
+from qtool import export, inspect, resuming, storage, transfer
 from qtool.checkpoint.writer import Shard, ShardWriter
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
@@ -83,8 +83,8 @@ def run(job: OnnxExport, step: inspect.Step = inspect.no_steps, restart: bool = 
     specs = tuple(spec for part in parts for spec in part.specs)
     export.refuse_full_disk(job.out, sum(spec.nbytes for spec in specs), source)
     with Workspace(job.out, identity, restart) as work, torch.inference_mode():
-        writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)], resumed=export.resumed(work))
-        for done, part in export.unwritten(work, parts, lambda part: sum(spec.nbytes for spec in part.specs),
+        writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)], resumed=resuming.resumed(work))
+        for done, part in resuming.unwritten(work, parts, lambda part: sum(spec.nbytes for spec in part.specs),
                                            writer.sync):
             step(done, len(parts), part.tensor or part.specs[0].name)
             _write(part, writer)

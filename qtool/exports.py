@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import console
+from qtool import console, heap
 from qtool.errors import InputError
 
 
@@ -44,6 +44,7 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
         return _requantized(path, wanted, wanted.requantize, quiet)
     with console.working(f"reading {path}", quiet):
         module, job = _made(path, wanted)
+    heap.settle()
     for text in job.lost:
         console.note(f"note: {text}", quiet)
     with console.steps("exporting", quiet) as step:
@@ -53,6 +54,14 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
 
 def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
     """The exporter and its job; the others are not imported, which would take longer than many an export."""
+    from qtool.checkpoint import local_gguf
+
+    if wanted.to == "gguf" and (file := local_gguf(path)) is not None:
+        from qtool import retype
+
+        job = retype.make_export(file, wanted.type, wanted.out, wanted.imatrix)
+        if job is not None:
+            return retype, job
     from qtool.decode import open_model
 
     source = open_model(path)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 
 from qtool.units import size
 
 EXHAUSTED = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "memoryerror",
              "failed to map segment")  # in messages of torch, C++, CUDA, Rust and the dynamic loader
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 MAPPED_FROM = 64 << 20  # bytes; larger blocks, such as weights, still go back when freed
 TRIMMED_FROM = 128 << 20
 
@@ -24,6 +25,13 @@ def reuse() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         mallopt(M_TRIM_THRESHOLD, TRIMMED_FROM)
+        mallopt(M_ARENA_MAX, 1)  # threads would get heaps of their own, which keep next to nothing
+
+
+def settle() -> None:
+    """Once all modules are there: the collector, which finds no garbage in them, need not look through them again."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def reserve(count: int) -> None:

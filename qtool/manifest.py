@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool import manifest_schema, storage
+from qtool import storage
 from qtool.errors import CheckpointError, OutputError, printable
 from qtool.files import read_limited
 
@@ -105,6 +105,8 @@ def load(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: not a manifest of schema {SCHEMA}; was this directory written by qtool?")
     data.pop(SEAL, None)
+    from qtool import manifest_schema  # needs pydantic, and half as long as a small export
+
     wrong = manifest_schema.complaint(data)
     if wrong:
         raise CheckpointError(f"{path}: {wrong}; the manifest is damaged, fetch it again or make the output anew")

@@ -42,7 +42,8 @@ def described(checkpoint: Checkpoint | Source, skeleton: Skeleton) -> GgufModel:
     values = outline.stated(checkpoint.config) \
         or config_values(checkpoint.directory, checkpoint.config, checkpoint.specs)
     return describe(values, checkpoint.directory, skeleton.vocabulary, checkpoint.name,
-                    Path(checkpoint.origin) if checkpoint.kind == NAME else None)
+                    Path(checkpoint.origin) if checkpoint.kind == NAME else None,
+                    {skeleton.source(name): shape for name, shape in skeleton.parameters.items()})
 
 
 def shape_of(config: Mapping[str, Any], skeleton: Skeleton, calibrated: bool) -> Shape:

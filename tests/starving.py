@@ -106,6 +106,7 @@ def serve() -> None:
         report,
         report_plan,
         requantize,
+        retype,
     )
     from qtool.checkpoint import gguf_writer  # noqa: F401
 

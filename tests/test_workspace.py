@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import qtool
-from qtool import export, journal, manifest, redo, redoing, workspace
+from qtool import export, journal, manifest, redo, redoing, resuming, workspace
 from qtool.errors import OutputError
 from qtool.workspace import Workspace
 from tests import tiny
@@ -212,7 +212,7 @@ def test_an_export_goes_on_within_the_weights(to: str, place: Path, tmp_path: Pa
             raise KeyboardInterrupt
         real(self, name, tensor)
 
-    monkeypatch.setattr(export, "RECORDED", 1)
+    monkeypatch.setattr(resuming, "RECORDED", 1)
     monkeypatch.setattr(export.ShardWriter, "write", write)
     source = open_model(str(place / "whole"))
     with pytest.raises(KeyboardInterrupt):

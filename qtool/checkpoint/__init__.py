@@ -55,6 +55,16 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
     return open_repository(repository, tag or revision)
 
 
+def local_gguf(model: str) -> Path | None:
+    """The .gguf file that open_checkpoint would open; None for all else, and for what is no path."""
+    if len(model) > MAX_NAME:
+        return None
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - as above
+    if path.is_dir():
+        return _only_gguf(path)
+    return path if path.is_file() and path.suffix.lower() == ".gguf" else None
+
+
 def _only_gguf(folder: Path) -> Path | None:
     """The .gguf file of a directory that holds no other checkpoint, as `quantize --method q4_k_m` writes it."""
     files = sorted(folder.glob("*.gguf"))

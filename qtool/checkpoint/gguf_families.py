@@ -15,6 +15,7 @@ from qtool.errors import CheckpointError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece has in a space's place
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 LAYER = "model.layers.{}."
 ATTENTION = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",

@@ -43,13 +43,13 @@ def open_gguf(path: Path, work_dir: Path | None = None, dtype: torch.dtype | Non
     """
     where = str(path)
     header = read_gguf_header(path)
-    architecture = _architecture(header, where)
+    architecture = architecture_of(header, where)
     heads = count(header.metadata, f"{architecture}.attention.head_count", where)
     kv_heads = count(header.metadata, f"{architecture}.attention.head_count_kv", where, heads)
-    _refuse_undecodable(header, where)
+    refuse_undecodable(header, where)
     family = stored_as(architecture, header.tensors)
     parts = map_tensors(header.tensors, family, heads, kv_heads, where)
-    dtype = dtype or _dtype(header)
+    dtype = dtype or dtype_of(header)
     temporary = None if work_dir is not None else tempfile.TemporaryDirectory(prefix="qtool-gguf-")
     folder = work_dir if work_dir is not None else Path(temporary.name) if temporary is not None else Path()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def open_gguf(path: Path, work_dir: Path | None = None, dtype: torch.dtype | Non
     )
 
 
-def _architecture(header: GgufHeader, where: str) -> str:
+def architecture_of(header: GgufHeader, where: str) -> str:
     """The architecture, one of FAMILIES, of a file that holds a whole language model."""
     metadata = header.metadata
     kind = metadata.get("general.type", "model")
@@ -89,7 +89,8 @@ def _architecture(header: GgufHeader, where: str) -> str:
     return str(architecture)
 
 
-def _refuse_undecodable(header: GgufHeader, where: str) -> None:
+def refuse_undecodable(header: GgufHeader, where: str) -> None:
+    """Raise CheckpointError for a type that the gguf package cannot decode."""
     seen: set[GGMLQuantizationType] = set()
     for tensor in header.tensors.values():
         if tensor.kind not in seen:
@@ -101,7 +102,7 @@ def _refuse_undecodable(header: GgufHeader, where: str) -> None:
                                       f"cannot decode; {REMEDY}") from None
 
 
-def _dtype(header: GgufHeader) -> torch.dtype:
+def dtype_of(header: GgufHeader) -> torch.dtype:
     """What tensors are read as: the element type of the matrices if none is quantized, else bfloat16."""
     kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
     if kinds == {GGMLQuantizationType.F32}:
@@ -129,9 +130,9 @@ def _decode(path: Path, part: Part, dtype: torch.dtype, first: int, rows: int) -
     tensor, columns = part.tensor, part.shape[-1]
     result = torch.empty((rows, columns), dtype=dtype)
     step = max(1, CHUNK_ELEMENTS // columns)
-    with _opened(path, tensor) as descriptor:
+    with opened(path, tensor) as descriptor:
         for begin in range(0, rows, step):
-            blocks = _rows(descriptor, tensor, first + begin, min(step, rows - begin))
+            blocks = read_blocks(descriptor, tensor, first + begin, min(step, rows - begin))
             with np.errstate(all="ignore"):  # a scale that is inf or NaN is the caller's to judge
                 values = torch.from_numpy(gguf.dequantize(blocks, tensor.kind))
             result[begin:begin + len(values)] = values - part.offset if part.offset else values
@@ -140,13 +141,14 @@ def _decode(path: Path, part: Part, dtype: torch.dtype, first: int, rows: int) -
 
 def _fetch_blocks(path: Path, part: Part) -> torch.Tensor:
     """The blocks of a matrix, uint8 [rows, bytes of a row], rows in the order of `_fetch`."""
-    with _opened(path, part.tensor) as descriptor:
-        blocks = torch.from_numpy(_rows(descriptor, part.tensor, part.start, part.shape[0]))
+    with opened(path, part.tensor) as descriptor:
+        blocks = torch.from_numpy(read_blocks(descriptor, part.tensor, part.start, part.shape[0]))
     return _unpermute(blocks, part.heads) if part.heads else blocks
 
 
 @contextmanager
-def _opened(path: Path, tensor: GgufTensor) -> Iterator[int]:
+def opened(path: Path, tensor: GgufTensor) -> Iterator[int]:
+    """A descriptor of the file; what goes wrong with it is a CheckpointError that names the tensor."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -157,7 +159,7 @@ def _opened(path: Path, tensor: GgufTensor) -> Iterator[int]:
         raise CheckpointError(f"{path}: tensor '{tensor.name}' cannot be read: {error}; {AGAIN}") from None
 
 
-def _rows(descriptor: int, tensor: GgufTensor, first: int, count: int) -> np.ndarray:
+def read_blocks(descriptor: int, tensor: GgufTensor, first: int, count: int) -> np.ndarray:
     """The blocks of some rows, uint8 [count, bytes of a row]."""
     blocks = np.empty((count, tensor.row_bytes), np.uint8)
     if not read_into(descriptor, blocks.reshape(-1).data, tensor.offset + first * tensor.row_bytes):
@@ -188,7 +190,7 @@ def _write_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:
     """Write the tokenizer files; none for a file without vocabulary."""
     if "tokenizer.ggml.tokens" not in header.metadata:
         return
-    _check_vocabulary(header.metadata, str(path))
+    check_vocabulary(header.metadata, str(path))
     from transformers import PreTrainedTokenizerFast  # AutoTokenizer would parse the file again, slowly, for its config
 
     with tempfile.TemporaryDirectory(prefix="qtool-gguf-") as empty:  # where nothing but the file can be picked up
@@ -224,8 +226,9 @@ def _drop_added(path: Path, count: int) -> None:
         path.write_text(json.dumps({**content, "added_tokens": kept}, ensure_ascii=False), encoding="utf-8")
 
 
-def _check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
-    """The tokenizers library ends in errors of no class, or in a panic, for what is refused here."""
+def check_vocabulary(metadata: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError. The tokenizers library ends in errors of no class, or in a panic, for what is refused
+    here."""
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges", [])
     if not _texts(tokens) or not _texts(merges):
         raise CheckpointError(f"{where}: tokenizer.ggml.tokens or .merges is not a list of texts; {REMEDY}")

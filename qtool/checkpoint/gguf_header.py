@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,7 @@ from qtool.files import open_regular
 MAX_METADATA_BYTES = 256 << 20
 MAX_ITEMS = 8_000_000  # array items of all keys together; the largest vocabularies have 0.3 million tokens
 MAX_DIMENSIONS = 4
+WINDOW_BYTES = 1 << 20
 MAX_NAME = 1024
 VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -49,10 +50,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """metadata: key -> number, bool, text, or list of them.  tensors: by name, in the order of the file."""
+    """metadata: key -> number, bool, text, or list of them.  tensors: by name, in the order of the file.
+
+    entries: key -> (first byte, end) of key, type and value in the file.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    entries: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -80,13 +85,16 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     cursor.afford(tensors, 24, "tensors")
     cursor.afford(keys, 13, "keys")
     metadata: dict[str, Any] = {}
+    entries: dict[str, tuple[int, int]] = {}
     for index in range(keys):
+        begin = cursor.position
         key = cursor.text(f"key {index}", MAX_NAME)
         if key in metadata:
             raise CheckpointError(f"{where}: key '{printable(key)}' is given twice; {AGAIN}")
         metadata[key] = cursor.value(cursor.number("I", f"the type of key '{printable(key)}'"), key)
+        entries[key] = begin, cursor.position
     table = [_tensor(cursor, index) for index in range(tensors)]
-    return GgufHeader(metadata, _placed(table, metadata, cursor))
+    return GgufHeader(metadata, _placed(table, metadata, cursor), entries)
 
 
 def _tensor(cursor: _Cursor, index: int) -> GgufTensor:
@@ -164,6 +172,26 @@ class _Cursor:
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.where}: {what} is not UTF-8 text; {AGAIN}") from None
 
+    def texts(self, count: int, what: str) -> list[str]:
+        """So many texts one after the other: what `text` gives for each, without a call for each of 100,000."""
+        made: list[str] = []
+        while len(made) < count:
+            window, at = self.file.read(WINDOW_BYTES), 0
+            try:
+                while len(made) < count:
+                    end = at + 8 + int.from_bytes(window[at:at + 8], "little")
+                    if end > len(window):
+                        break
+                    made.append(window[at + 8:end].decode())
+                    at = end
+            except UnicodeDecodeError:
+                pass
+            self.position += at
+            self.file.seek(self.position)
+            if len(made) < count:
+                made.append(self.text(what))  # at the end of the window; or it says what is wrong
+        return made
+
     def afford(self, count: int, each: int, what: str) -> None:
         """Refuse a count whose items, of at least `each` bytes, the rest of the file cannot hold."""
         self.items += count
@@ -182,7 +210,7 @@ class _Cursor:
         item, count = self.number("I", what), self.number("Q", what)
         if item == STRING:
             self.afford(count, 8, f"items in {what}")
-            return [self.text(what) for _ in range(count)]
+            return self.texts(count, what)
         if item not in SCALARS:
             raise CheckpointError(f"{self.where}: {what} is an array of type {item}, which GGUF does not have; {AGAIN}")
         width = struct.calcsize("<" + SCALARS[item])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from gguf import GGUFWriter, RopeScalingType
 
-from qtool.checkpoint import gguf_tokenizer
+from qtool.checkpoint import gguf_general, gguf_tokenizer
 from qtool.checkpoint.gguf_config import SCALED_BY_WIDTH
 from qtool.checkpoint.gguf_families import FAMILIES, ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT, Family, written_as
 from qtool.checkpoint.gguf_writer import GgufModel
@@ -25,13 +25,13 @@ ROTATED_SHARE = ("phi3",)  # architectures whose models may rotate a part of eac
 WINDOWED = {"gemma2": 2, "gemma3": 6}  # one layer in so many sees everything, the others a window
 
 
-def describe(config: Mapping[str, Any], directory: Path, rows: int, name: str,
-             source: Path | None = None) -> GgufModel:
+def describe(config: Mapping[str, Any], directory: Path, rows: int, name: str, source: Path | None = None,
+             parameters: Mapping[str, tuple[int, ...]] | None = None) -> GgufModel:
     """Everything that the file says beside its tensors. Raises PlanError for what GGUF or llama.cpp cannot express.
 
     config: all values of the text model, defaults included, rotary settings under rope_parameters (as transformers 5
-    has them).  directory: where its tokenizer is.  rows: of the embedding.  name: of the model.  source: the GGUF file
-    that it comes from, whose vocabulary is then kept as it is.
+    has them).  directory: where its tokenizer and card are.  rows: of the embedding.  name: of the model.  source: the
+    GGUF file that it comes from, whose vocabulary is then kept as it is.  parameters: shapes, by Hugging Face names.
     """
     model_type = str(config.get("model_type"))
     family = written_as(model_type)
@@ -41,7 +41,7 @@ def describe(config: Mapping[str, Any], directory: Path, rows: int, name: str,
     _refuse(config, family)
     keys = GGUFWriter(None, family.architecture)
     keys.add_type("model")
-    keys.add_name(name)
+    gguf_general.add(keys, directory, config, name, parameters or {})
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     _sizes(keys, config, family, head_size)
     rotary = _rope(keys, config, family, head_size)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+from qtool import storage
 from qtool.checkpoint.gguf_header import GgufHeader
 from qtool.checkpoint.header import AGAIN
+from qtool.checkpoint.part_file import PartFile, has_room
 from qtool.checkpoint.tensor_io import sha256_with
 from qtool.errors import CheckpointError
 
@@ -18,6 +20,29 @@ KEY, SAYS_SO, BLANK = "qtool.sha256", "qtool.sealed", "0" * 64
 STRING = 8
 ENTRY = struct.pack("<Q", len(KEY)) + KEY.encode() + struct.pack("<IQ", STRING, len(BLANK))  # before the value
 HEAD_BYTES = 256 << 20
+SMALLER = "write it to another file system"
+
+
+class SealedFile(PartFile):
+    """A GGUF file with a header that has a place for the file's own sha256; see PartFile for resumed and for errors."""
+
+    def __init__(self, path: Path, header: bytes, size: int, resumed: bool = False) -> None:
+        self._seal = place(header)
+        super().__init__(path, header, size, lambda: 0 if has_room(path) else size, SMALLER, self._seal, resumed)
+
+    def finish(self) -> None:
+        """Write its own sha256 into it, give it its name and close it. Safe to repeat after a kill."""
+        self.sync()
+        try:
+            if not self.finished:
+                digest = self.sha256(self._seal)
+                self.write(memoryview(digest.encode()), self._seal.start, KEY)
+                self.sync()
+            self.rename()
+            storage.sync_folder(self.path.parent)
+        except OSError as error:
+            raise storage.failed(error, self.path, "the name of the finished file") from None
+        self.close()
 
 
 def place(header: bytes) -> slice:

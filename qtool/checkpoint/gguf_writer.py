@@ -5,6 +5,7 @@ The header is made by the `gguf` package; the rules for parts and killed runs ar
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from qtool import storage
 from qtool.checkpoint import gguf_seal
 from qtool.checkpoint.gguf_families import Family, gguf_name, norm_offset, permuted_heads
-from qtool.checkpoint.part_file import PartFile, has_room
+from qtool.checkpoint.gguf_header import GgufHeader
 from qtool.checkpoint.tensor_io import as_bytes
 from qtool.checkpoint.writer import check_planned
 from qtool.errors import OutputError, PlanError, StorageError
@@ -28,7 +29,9 @@ ALIGNMENT = 32  # of every tensor; GGUF's default
 DENSE = {torch.float32: GGMLQuantizationType.F32, torch.float16: GGMLQuantizationType.F16,
          torch.bfloat16: GGMLQuantizationType.BF16}
 DTYPES = {kind: dtype for dtype, kind in DENSE.items()}
-SMALLER = "write it to another file system"
+UINT32, BOOL = 4, 7  # types of values
+FILE_TYPE, QUANTIZATION = "general.file_type", "general.quantization_version"
+OF_THE_FILE = ("general.alignment", "split.", "qtool.")  # keys of one file, which another does not take over
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,11 @@ class GgufWriter:
         self._places: dict[str, tuple[Stored, int]] = {}
         stored = layout(planned, model, types)
         header = header_bytes(model, stored, file_type)
-        end = _place(stored, len(header))
+        end = place(stored, len(header))
         for tensor in stored:
             each = tensor.nbytes // max(1, len(tensor.parts))
             self._places |= {name: (tensor, tensor.offset + index * each) for index, name in enumerate(tensor.parts)}
-        self._seal = gguf_seal.place(header)
-        self._file = PartFile(path, header, end, lambda: 0 if has_room(path) else end, SMALLER, self._seal, resumed)
+        self._file = gguf_seal.SealedFile(path, header, end, resumed)
         try:
             storage.sync_folder(self.folder)
             if not self._file.finished:
@@ -130,17 +132,7 @@ class GgufWriter:
 
     def finish(self) -> None:
         """Write the file's own sha256 into it, give it its name and close it. Safe to repeat after a kill."""
-        self.sync()
-        try:
-            if not self._file.finished:
-                digest = self._file.sha256(self._seal)
-                self._file.write(memoryview(digest.encode()), self._seal.start, gguf_seal.KEY)
-                self.sync()
-            self._file.rename()
-            storage.sync_folder(self.folder)
-        except OSError as error:
-            raise storage.failed(error, self.path, "the name of the finished file") from None
-        self.close()
+        self._file.finish()
 
     def close(self) -> None:
         """Close the file; a part stays as it is."""
@@ -204,7 +196,7 @@ def file_bytes(specs: Iterable[TensorSpec], model: GgufModel, types: Mapping[str
                file_type: gguf.LlamaFileType) -> int:
     """The size of the file that a GgufWriter would write."""
     stored = layout(specs, model, types)
-    return _place(stored, len(header_bytes(model, stored, file_type)))
+    return place(stored, len(header_bytes(model, stored, file_type)))
 
 
 def header_bytes(model: GgufModel, tensors: Sequence[Stored], file_type: gguf.LlamaFileType) -> bytes:
@@ -229,6 +221,35 @@ def header_bytes(model: GgufModel, tensors: Sequence[Stored], file_type: gguf.Ll
     return header + bytes(-len(header) % ALIGNMENT)
 
 
+def copied_header(path: Path, source: GgufHeader, tensors: Sequence[Stored], file_type: gguf.LlamaFileType) -> bytes:
+    """The same with the keys of the file `path`, byte for byte, but for what is said of its types, size and parts."""
+    said = {FILE_TYPE: struct.pack("<II", UINT32, file_type),
+            QUANTIZATION: struct.pack("<II", UINT32, gguf.GGML_QUANT_VERSION)}
+    entries: list[bytes] = []
+    with path.open("rb") as file:
+        before = file.read(max((end for _, end in source.entries.values()), default=0))
+    for key, (begin, end) in source.entries.items():
+        if key in said:
+            entries.append(_text(key) + said.pop(key))
+        elif not key.startswith(OF_THE_FILE):
+            entries.append(before[begin:end])
+    said |= {gguf_seal.SAYS_SO: struct.pack("<I?", BOOL, True),
+             gguf_seal.KEY: struct.pack("<I", gguf_seal.STRING) + _text(gguf_seal.BLANK)}
+    entries += [_text(key) + value for key, value in said.items()]
+    table, begin = [], 0
+    for tensor in tensors:
+        table += [_text(tensor.name), struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1]),
+                  struct.pack("<IQ", tensor.kind, begin)]
+        begin += tensor.nbytes + -tensor.nbytes % ALIGNMENT
+    header = b"".join([struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(entries)), *entries, *table])
+    return header + bytes(-len(header) % ALIGNMENT)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
 def _kind(spec: TensorSpec, name: str, types: Mapping[str, GGMLQuantizationType]) -> GGMLQuantizationType:
     """How a tensor is stored."""
     if spec.name in types:
@@ -238,8 +259,12 @@ def _kind(spec: TensorSpec, name: str, types: Mapping[str, GGMLQuantizationType]
     if spec.dtype not in DENSE:
         raise PlanError(f"'{spec.name}' is {str(spec.dtype).removeprefix('torch.')}, which GGUF files of models do not "
                         "hold; give --type f16, bf16 or f32")
-    small = len(spec.shape) == 1 or "ffn_gate_inp" in name or name.endswith("norm.weight")
-    return GGMLQuantizationType.F32 if small else DENSE[spec.dtype]
+    return GGMLQuantizationType.F32 if always_float32(name, spec.shape) else DENSE[spec.dtype]
+
+
+def always_float32(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of that name in the file is a norm, a vector or a router, which llama.cpp wants so."""
+    return len(shape) == 1 or "ffn_gate_inp" in name or name.endswith("norm.weight")
 
 
 def _add(made: dict[str, Stored], tensor: Stored) -> None:
@@ -248,7 +273,7 @@ def _add(made: dict[str, Stored], tensor: Stored) -> None:
     made[tensor.name] = tensor
 
 
-def _place(tensors: Sequence[Stored], begin: int) -> int:
+def place(tensors: Sequence[Stored], begin: int) -> int:
     """Set the offsets; returns where the last tensor and its padding end."""
     for tensor in tensors:
         tensor.offset = begin

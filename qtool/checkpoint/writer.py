@@ -109,6 +109,18 @@ class ShardWriter:
         spec, file, offset = self._use(name)
         return file.read(spec, offset)
 
+    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Write some rows of a tensor, contiguous on the CPU, from row `start` on."""
+        spec, file, offset = self._use(name)
+        check_planned(TensorSpec(name, spec.dtype, (len(rows), *spec.shape[1:])), rows)
+        file.write(as_bytes(rows), offset + start * (spec.nbytes // spec.shape[0]), name)
+
+    def read_rows_back(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start .. stop as they are in the file now."""
+        spec, file, offset = self._use(name)
+        rows = TensorSpec(name, spec.dtype, (stop - start, *spec.shape[1:]))
+        return file.read(rows, offset + start * (spec.nbytes // spec.shape[0]))
+
     @property
     def names(self) -> list[str]:
         """The files that there are in the end."""

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <cstring>
+#include <vector>
 
 const Kernels* choose_kernels(const char* force) {
   const bool any = force[0] == '\0';
@@ -46,12 +47,26 @@ inline uint64_t spread(uint64_t octet) {
   return (octet & one) | (octet >> bits & one) << 8;
 }
 
+// The inverse: of eight bytes their low bits, side by side.
+template <int bits>
+inline uint64_t gather(uint64_t octet) {
+  constexpr uint64_t four = low_bits(4 * bits, 64), two = low_bits(2 * bits, 32), one = low_bits(bits, 16);
+  octet = (octet & one) | (octet >> 8 & one) << bits;
+  octet = (octet & two) | (octet >> 16 & two) << 2 * bits;
+  return (octet & four) | (octet >> 32 & four) << 4 * bits;
+}
+
 // A row is a stream of bytes, too: eight codes fill `bits` of them.
 template <int bits>
-void pack_row(const uint8_t* codes, int64_t count, uint8_t* out) {
+void pack_row(const uint8_t* codes, int64_t count, uint8_t* __restrict out) {
+  if constexpr (bits == 4) {  // the commonest, in words that the compiler makes vectors of: two codes are a byte
+    for (; count >= 64; count -= 64, codes += 64, out += 32)
+      for (int i = 0; i < 32; ++i) out[i] = (uint8_t)((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
+  }
   for (; count >= 8; count -= 8, codes += 8, out += bits) {
-    uint64_t octet = 0;
-    for (int i = 0; i < 8; ++i) octet |= (uint64_t)codes[i] << (bits * i);
+    uint64_t octet;
+    std::memcpy(&octet, codes, 8);
+    octet = gather<bits>(octet);
     std::memcpy(out, &octet, bits);
   }
   if (count == 0) return;  // there may be no memory at all
@@ -61,7 +76,14 @@ void pack_row(const uint8_t* codes, int64_t count, uint8_t* out) {
 }
 
 template <int bits>
-void unpack_row(const uint8_t* bytes, int64_t count, uint8_t* codes) {
+void unpack_row(const uint8_t* bytes, int64_t count, uint8_t* __restrict codes) {
+  if constexpr (bits == 4) {
+    for (; count >= 64; count -= 64, codes += 64, bytes += 32)
+      for (int i = 0; i < 32; ++i) {
+        codes[2 * i] = bytes[i] & 15;
+        codes[2 * i + 1] = bytes[i] >> 4;
+      }
+  }
   for (; count >= 8; count -= 8, codes += 8, bytes += bits) {
     uint64_t octet = 0;
     std::memcpy(&octet, bytes, bits);
@@ -141,25 +163,62 @@ void unpack_columns(const uint32_t* words, int64_t count, int64_t width, int64_t
       codes[i * width + column] = get(words + column, width, i * bits, bits);
 }
 
-// A field is {part, its lowest bit that is taken, bits, byte, where in that byte the bits begin}.
+// A field is {part, its lowest bit that is taken, bits, byte, where in that byte the bits begin}. Fields whose parts and
+// bytes follow each other are one run, which the compiler turns into vectors.
+namespace {
+
+struct Run {
+  int64_t part, byte, length;
+  int low, high;
+  uint8_t mask;
+};
+
+std::vector<Run> runs_of(const int32_t* fields, int64_t count) {
+  std::vector<Run> runs;
+  for (const int32_t* f = fields; f != fields + 5 * count; f += 5) {
+    const Run here{f[0], f[3], 1, f[1], f[4], (uint8_t)((1 << f[2]) - 1)};
+    Run* last = runs.empty() ? nullptr : &runs.back();
+    if (last && here.part == last->part + last->length && here.byte == last->byte + last->length &&
+        here.low == last->low && here.high == last->high && here.mask == last->mask)
+      ++last->length;
+    else
+      runs.push_back(here);
+  }
+  return runs;
+}
+
+// to |= (from >> down & mask) << up, for bytes. Eight of them at once give the same: no field leaves its byte.
+inline void move_bits(const uint8_t* from, int down, uint8_t mask, int up, uint8_t* to, int64_t length) {
+  for (; length >= 8; length -= 8, from += 8, to += 8) {
+    uint64_t octet, there;
+    std::memcpy(&octet, from, 8);
+    std::memcpy(&there, to, 8);
+    there |= (octet >> down & 0x0101010101010101u * mask) << up;
+    std::memcpy(to, &there, 8);
+  }
+  for (; length > 0; --length, ++from, ++to) *to |= (uint8_t)((*from >> down & mask) << up);
+}
+
+}  // namespace
+
 void pack_fields(const uint8_t* parts, const int32_t* fields, int64_t count, int64_t width, int64_t size,
                  uint8_t* packed, int64_t begin, int64_t end) {
+  const std::vector<Run> runs = runs_of(fields, count);
   for (int64_t block = begin; block < end; ++block) {
-    const uint8_t* from = parts + block * width;
     uint8_t* to = packed + block * size;
     std::memset(to, 0, size);
-    for (const int32_t* f = fields; f != fields + 5 * count; f += 5)
-      to[f[3]] |= (uint8_t)(((from[f[0]] >> f[1]) & ((1 << f[2]) - 1)) << f[4]);
+    for (const Run& run : runs)
+      move_bits(parts + block * width + run.part, run.low, run.mask, run.high, to + run.byte, run.length);
   }
 }
 
 void unpack_fields(const uint8_t* packed, const int32_t* fields, int64_t count, int64_t width, int64_t size,
                    uint8_t* parts, int64_t begin, int64_t end) {
+  const std::vector<Run> runs = runs_of(fields, count);
   for (int64_t block = begin; block < end; ++block) {
-    const uint8_t* from = packed + block * size;
     uint8_t* to = parts + block * width;
     std::memset(to, 0, width);
-    for (const int32_t* f = fields; f != fields + 5 * count; f += 5)
-      to[f[0]] |= (uint8_t)(((from[f[3]] >> f[4]) & ((1 << f[2]) - 1)) << f[1]);
+    for (const Run& run : runs)
+      move_bits(packed + block * size + run.byte, run.high, run.mask, run.low, to + run.part, run.length);
   }
 }

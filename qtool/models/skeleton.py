@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qtool import heap
@@ -20,7 +19,7 @@ from qtool.tensors import TensorSpec
 OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "video_config")
 # What transformers raises on a config that its code cannot use.
 BAD_CONFIG = (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError, ImportError,
-              AssertionError, OSError, StrictDataclassError)
+              AssertionError, OSError)
 MAX_NAMED = 4  # tensor names in one message
 
 
@@ -120,7 +119,7 @@ def _config(directory: Path, raw: Mapping[str, Any], specs: Mapping[str, TensorS
                              "tensors; the config belongs to another model")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except BAD_CONFIG as error:
+    except _bad_config() as error:
         heap.raise_exhausted(error)
         raise ModelError(f"{directory}/config.json: transformers cannot read it: {_short(error)}") from None
     other = [key for key in OTHER_INPUTS if getattr(config, key, None) is not None]
@@ -141,11 +140,17 @@ def _meta_model(directory: Path, config: Any) -> Any:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except BAD_CONFIG as error:
+    except _bad_config() as error:
         heap.raise_exhausted(error)
         raise ModelError(f"{directory}/config.json: transformers cannot build {config.model_type}: {_short(error)}") \
             from None
     return model.eval().requires_grad_(False)
+
+
+def _bad_config() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import StrictDataclassError  # transformers has imported it already
+
+    return (*BAD_CONFIG, StrictDataclassError)
 
 
 def _blocks(directory: Path, model: nn.Module) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from qtool import export_gguf
+from qtool.decode import open_model
 from tests import tiny
 from tests.trust.helpers import (
     DEADLY_CALLS,
@@ -53,6 +55,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str,
     place = tmp_path_factory.mktemp("killed")
     model = tiny.make(place / "tiny", "llama", num_hidden_layers=LAYERS)
     small = tiny.make(place / "small", "llama", num_hidden_layers=2)
+    export_gguf.run(export_gguf.make_export(open_model(str(small)), "f16", place / "small.gguf"))
     (place / "recipe.yaml").write_text(RECIPE)
     quantized = place / "quantized"
     made = zygote.run(["quantize", model, *SMALL, "--set", "shard_gb=5e-5", "--out", quantized], place)
@@ -74,6 +77,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str,
         "to gptq": export(quantized, "--to", "gptq"), "to hf": export(quantized, "--to", "hf"),
         "to mlx": export(quantized, "--to", "mlx"), "to onnx": export(quantized, "--to", "onnx"),
         "to gguf": export(small, "--to", "gguf", "--type", "f16", suffix=".gguf"),
+        "gguf to gguf": export(place / "small.gguf", "--to", "gguf", "--type", "q8_0", suffix=".gguf"),
         "to nf4": export(quantized, "--to", "bitsandbytes", "--requantize", "nf4"),
         "to imatrix": export(small, "--to", "imatrix", *few, suffix=".gguf"),
     }
@@ -92,7 +96,7 @@ def blocks_found(said: str) -> int:
 
 @pytest.mark.parametrize(("name", "times"), [
     ("gptq", 20), ("rtn", 5), ("several outputs", 4), ("budget", 4), ("redo", 4), ("to gptq", 2), ("to hf", 2),
-    ("to mlx", 2), ("to onnx", 2), ("to gguf", 2), ("to nf4", 2), ("to imatrix", 3)])
+    ("to mlx", 2), ("to onnx", 2), ("to gguf", 2), ("gguf to gguf", 2), ("to nf4", 2), ("to imatrix", 3)])
 def test_killed_at_random_moments(name: str, times: int, cases: dict[str, Case], zygote: Zygote,
                                   tmp_path: Path) -> None:
     """Drawn over the work, not over the imports; a kill that comes too late is drawn again."""
@@ -110,7 +114,7 @@ def test_killed_at_random_moments(name: str, times: int, cases: dict[str, Case],
 
 
 @pytest.mark.parametrize("name", ["gptq of 2 blocks", "rtn", "several outputs", "redo", "to gptq", "to hf", "to onnx",
-                                  "to gguf", "to imatrix"])
+                                  "to gguf", "gguf to gguf", "to imatrix"])
 def test_killed_at_every_call_that_changes_the_disk(name: str, cases: dict[str, Case], zygote: Zygote,
                                                     tmp_path: Path) -> None:
     """Before each such call of the end, from the last weights to the last name, and before some of those of the work.

@@ -35,6 +35,7 @@ FREE = {  # the name of the output -> the command; what computes on no text
     "to-nf4": ("export", "{out}/rtn", "--to", "bitsandbytes", "--requantize", "nf4"),
     "to.gguf": ("export", "{model}", "--to", "gguf", "--type", "f16"),
     "blocks.gguf": ("export", "{wide}", "--to", "gguf", "--type", "q4_k_m"),
+    "again.gguf": ("export", "{out}/blocks.gguf", "--to", "gguf", "--type", "q5_0"),
 }
 ON_TEXT = {
     "gptq": ("quantize", "{model}", *SMALL),

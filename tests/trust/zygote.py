@@ -29,6 +29,7 @@ from qtool import (  # noqa: F401
     pipeline,
     quantizing,
     redoing,
+    retype,
 )
 
 
