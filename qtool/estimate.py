@@ -225,4 +225,6 @@ def _solving(rows: int, columns: int, work: Work) -> int:
         return weights * (work.model_dtype.itemsize + 4 + 4 + 4 + 2)
     target = weights * 12 + columns**2 * 4 * (4 if work.float_share < 1 else 3) if work.float_share else 0
     codes = weights * ((20 if work.float_share else 16) + 3) + columns**2 * 4 * 3
+    if any("aqlm" in step for step in work.recipe.steps):  # and the groups' gradients, E twice; L L_gg, the damped H
+        codes = weights * 48 + columns**2 * 4 * 5
     return max(target, codes) + _held_out(columns, work)

@@ -44,7 +44,7 @@ class TensorSpec:
 class QuantizedTensor:
     """A linear weight [N, K] as codes on a grid; value = scale * what the grid says that the code stands for.
 
-    codes: uint8 [N, K]; on an affine grid 0 .. 2^bits - 1, standing for code - zero point.  scale: [N, G] in the dtype
+    codes: uint8 [N, K] (of codebooks int32 [N, K / 8, M]); on an affine grid 0 .. 2^bits - 1, standing for code - zero point.  scale: [N, G] in the dtype
     that the format stores (may be negative on affine grids).  zero_point: uint8 [N, G], an unsigned code; 2^(bits-1)
     everywhere when symmetric, not used by grids of levels.  G = K / group_size; group_size = K means one group per row
     (per-channel).  extra: what a grid keeps beside, about the whole matrix (a global scale, nested scales).

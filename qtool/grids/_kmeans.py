@@ -13,18 +13,23 @@ from qtool.ops import codebooks as ops
 
 VECTOR = ops.VECTOR
 BLOCK = 128  # columns of one call
+POINTS = 64  # for each codeword, at least, that k-means looks at
+LARGEST_TABLE = 1 << 22  # of weights by codeword and group
 
 
 def start(target: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, books: int, words: int, rounds: int,
           seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int32 [N, K / 8, M] and codebooks float32 [M, words, 8] for target [N, K], scale float32 [N].
 
-    blocks: B of each group, float32 [K / 8, 8, 8], positive definite.  rounds: of means and new clusters.
+    blocks: B of each group, float32 [K / 8, 8, 8], positive definite.  rounds: of means and new clusters, on some rows
+    where there are many.
     """
     left = target / scale[:, None]
     codes, made = [], []
     for book in range(books):
-        chosen, codebook = _cluster(left, scale, blocks, words, rounds, seed + book)
+        codebook = _codebook(left, scale, blocks, words, rounds, seed + book)
+        chosen = torch.zeros(*left.shape[:1], len(blocks), 1, dtype=torch.int32, device=left.device)
+        chosen = nearest(left * scale[:, None], scale, blocks, chosen, codebook, 1)
         left = left - ops.dequantize_codebooks(chosen, codebook, torch.ones_like(scale))
         codes.append(chosen)
         made.append(codebook)
@@ -33,9 +38,14 @@ def start(target: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, books
 
 def curvature(codes: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, words: int) -> torch.Tensor:
     """Σ s² B over the groups that have each codeword: float32 [M, words, 8, 8]."""
-    square = scale.square()[:, None]
-    rows = [ops.sum_codewords(square * blocks[:, j].reshape(1, -1), codes, words) for j in range(VECTOR)]
-    return torch.stack(rows, 2)
+    groups, square = len(blocks), scale.square()[:, None]
+    if words * groups > LARGEST_TABLE:
+        rows = [ops.sum_codewords(square * blocks[:, j].reshape(1, -1), codes, words) for j in range(VECTOR)]
+        return torch.stack(rows, 2)
+    place = codes.long() * groups + torch.arange(groups, device=codes.device)[:, None]
+    mass = torch.stack([torch.bincount(place[..., book].flatten(), square.double().expand(-1, groups).flatten(),
+                                       words * groups) for book in range(codes.shape[2])])
+    return (mass.float().reshape(-1, words, groups) @ blocks.flatten(1)).reshape(-1, words, VECTOR, VECTOR)
 
 
 def factor_words(curved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,38 +74,44 @@ def nearest(target: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, cod
             codebooks: torch.Tensor, beam: int) -> torch.Tensor:
     """The codes, of a beam search for each group alone, where they are nearer to target [N, K] than those given."""
     found, roots = codes.clone(), roots_of(blocks)
+    gradient = weighted(target - ops.dequantize_codebooks(codes, codebooks, scale), blocks)
     for first in range(0, target.shape[1], BLOCK):
         columns = slice(first, min(first + BLOCK, target.shape[1]))
         groups = slice(columns.start // VECTOR, columns.stop // VECTOR)
-        off = target[:, columns] - ops.dequantize_codebooks(codes[:, groups], codebooks, scale)
-        some = blocks[groups]
-        gradient = torch.einsum("ngj,gjk->ngk", off.reshape(len(off), -1, VECTOR), some).reshape(off.shape)
-        found[:, groups], _ = ops.refine_codebooks(gradient, torch.block_diag(*some), codes[:, groups], scale,
-                                                   codebooks, roots[groups], beam)
+        found[:, groups], _ = ops.refine_codebooks(gradient[:, columns], torch.block_diag(*blocks[groups]),
+                                                   codes[:, groups], scale, codebooks, roots[groups], beam)
     return found
 
 
-def _cluster(points: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, words: int, rounds: int,
-             seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One codebook [1, words, 8] and its codes [N, G, 1] for points [N, K] in units of the scales."""
-    rows, groups, device = len(points), points.shape[1] // VECTOR, points.device
+def weighted(vectors: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Each group of 8 columns of [N, K] times its own matrix [K / 8, 8, 8]."""
+    each = vectors.reshape(len(vectors), -1, VECTOR).transpose(0, 1) @ blocks
+    return each.transpose(0, 1).reshape(vectors.shape)
+
+
+def _codebook(points: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, words: int, rounds: int,
+              seed: int) -> torch.Tensor:
+    """One codebook [1, words, 8] for points [N, K] in units of the scales."""
+    codebook = torch.zeros(1, words, VECTOR, device=points.device)
+    if points.numel() <= words * VECTOR:  # a codeword for each
+        codebook[0, :points.numel() // VECTOR] = points.reshape(-1, VECTOR)
+        return codebook
+    chance = torch.Generator().manual_seed(seed)
+    some = -(-POINTS * words // len(blocks))
+    if some < len(points):
+        rows = torch.randperm(len(points), generator=chance)[:some].sort().values.to(points.device)
+        points, scale = points[rows], scale[rows]
     vectors = points.reshape(-1, VECTOR)
-    codebook = torch.zeros(1, words, VECTOR, device=device)
-    if len(vectors) <= words:  # a codeword for each
-        codebook[0, :len(vectors)] = vectors
-        return torch.arange(len(vectors), dtype=torch.int32, device=device).reshape(rows, groups, 1), codebook
-    chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:words]
-    codebook[0] = vectors[chosen.sort().values.to(device)]
-    codes = torch.zeros(rows, groups, 1, dtype=torch.int32, device=device)
-    target = points * scale[:, None]
-    weighted = torch.einsum("ngj,gjk->ngk", points.reshape(rows, groups, VECTOR), blocks)
-    weighted = (weighted * scale.square()[:, None, None]).reshape(points.shape)
+    chosen = torch.randperm(len(vectors), generator=chance)[:words]
+    codebook[0] = vectors[chosen.sort().values.to(points.device)]
+    codes = torch.zeros(len(points), len(blocks), 1, dtype=torch.int32, device=points.device)
+    right = weighted(points, blocks) * scale.square()[:, None]
     for _ in range(rounds):
-        codes = nearest(target, scale, blocks, codes, codebook, 1)
+        codes = nearest(points * scale[:, None], scale, blocks, codes, codebook, 1)
         factors = factor_words(curvature(codes, scale, blocks, words))
-        codebook = solve_words(factors, ops.sum_codewords(weighted, codes, words))
+        codebook = solve_words(factors, ops.sum_codewords(right, codes, words))
         _revive(codebook, codes, points, scale, blocks)
-    return nearest(target, scale, blocks, codes, codebook, 1), codebook
+    return codebook
 
 
 def _revive(codebook: torch.Tensor, codes: torch.Tensor, points: torch.Tensor, scale: torch.Tensor,
@@ -105,7 +121,7 @@ def _revive(codebook: torch.Tensor, codes: torch.Tensor, points: torch.Tensor, s
     used[codes.reshape(-1).long()] = True
     free = (~used).nonzero()[:, 0]
     if len(free):
-        off = (points - ops.dequantize_codebooks(codes, codebook, torch.ones_like(scale))).reshape(len(points), -1, VECTOR)
-        error = ((torch.einsum("ngj,gjk->ngk", off, blocks) * off).sum(-1) * scale.square()[:, None]).flatten()
+        off = (points - ops.dequantize_codebooks(codes, codebook, torch.ones_like(scale))) * scale[:, None]
+        error = (weighted(off, blocks) * off).reshape(-1, VECTOR).sum(1)
         worst = error.argsort(descending=True, stable=True)[:len(free)]
         codebook[0, free[:len(worst)]] = points.reshape(-1, VECTOR)[worst]

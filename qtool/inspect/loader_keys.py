@@ -123,7 +123,14 @@ def _modelopt(scheme: Scheme, shape: tuple[int, int], there: Container[str]) -> 
             Key("weight_scale_2", ("F32",), one), Key("input_scale", ("F32",), one, needed=False)]
 
 
+def _aqlm(scheme: Scheme, shape: tuple[int, int], there: Container[str]) -> list[Key]:
+    rows, columns = shape
+    books, _, bits = scheme.grid.removeprefix("aqlm-").partition("x")
+    return [Key("codes", ("I8",) if int(bits) <= 8 else ("I16",), ((rows, columns // 8, int(books)),)),
+            Key("codebooks", FLOATS, ((int(books), 1 << int(bits), 1, 8),)), Key("scales", FLOATS, ((rows, 1, 1, 1),))]
+
+
 FORMATS: dict[str, Callable[[Scheme, tuple[int, int], Container[str]], list[Key]]] = {
     "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "bitsandbytes": _bitsandbytes, "fp8": _fp8,
-    "mlx": _mlx, "modelopt": _modelopt,
+    "mlx": _mlx, "modelopt": _modelopt, "aqlm": _aqlm,
 }

@@ -29,6 +29,7 @@ from qtool.recipe import Scheme, Strict
 from qtool.tensors import QuantizedTensor, all_finite
 
 CALIBRATED = True
+CODEBOOKS = True
 
 
 class Options(Strict):
@@ -42,7 +43,7 @@ class Options(Strict):
     kmeans_rounds: int = Field(8, ge=1, le=100)
     rounds: int = Field(8, ge=0, le=100)
     tolerance: float = Field(0.005, ge=0.0, lt=1.0)
-    iterations: int = Field(12, ge=1, le=200)
+    iterations: int = Field(6, ge=1, le=200)
     damping: float = Field(0.01, ge=0.0, le=1.0)
     damping_mode: str = Field("mean", pattern="^(mean|relative)$")
 
@@ -78,7 +79,7 @@ def run(layer: Layer, options: Options) -> Layer:
     problem, damping, repaired = _problem(layer, layer.target / unit, grid, options, unit)
     state = problem.first()
     solved = problem.in_order(state)
-    state = solved if float(solved.loss.sum()) < float(state.loss.sum()) else state
+    state = _better(state, solved)
     for done in range(options.rounds):  # noqa: B007
         before = float(state.loss.sum())
         state = problem.sweep(problem.rescaled(problem.refitted(state)))
@@ -141,15 +142,19 @@ class Problem:
         own = upper.reshape(-1, VECTOR, *upper.shape[1:])[places, :, places]  # on the diagonal
         metric = torch.einsum("kgj,gij->kgi", upper, own).reshape(self.feedback.shape)
         off = (self.target - state.values())[:, columns]
-        codes = self._swept(state, state.codes[:, self.order], off @ metric, metric)
+        codes = state.codes[:, self.order]
+        self._sweep(state, codes, off @ metric, metric)
         found = torch.empty_like(codes)
         found[:, self.order] = codes
         return self.state(found, state.codebooks, state.scale)
 
     def sweep(self, state: State) -> State:
         """A beam search for each group in turn, the others as they are."""
-        codes = self._swept(state, state.codes.clone(), state.error.clone(), self.hessian)
-        return self._better(state, self.state(codes, state.codebooks, state.scale))
+        codes, error = state.codes.clone(), state.error.clone()
+        self._sweep(state, codes, error, self.hessian)
+        new = replace(state, codes=codes, error=error)
+        off = self.target - new.values()
+        return _better(state, replace(new, loss=(off * error).sum(1, dtype=torch.float64)))
 
     def refitted(self, state: State) -> State:
         """Codebooks by least squares: conjugate gradients with the 8 x 8 blocks of the codewords as preconditioner."""
@@ -173,23 +178,27 @@ class Problem:
             near = solve_words(factors, left)
             last, power = power, _dot(left, near)
             along = near + (power / last) * along
-        return self._better(state, self.state(state.codes, codebooks, state.scale))
+        return _better(state, self.state(state.codes, codebooks, state.scale))
 
     def rescaled(self, state: State) -> State:
         """The least-squares scale of each row, as it will be stored; kept where that helps the row."""
         values = ops.dequantize_codebooks(state.codes, state.codebooks, torch.ones_like(state.scale))
-        slope = (state.error * values).sum(1)
-        curvature_ = ((values @ self.hessian) * values).sum(1)
-        wanted = state.scale + slope / curvature_.clamp_min(torch.finfo(torch.float32).tiny)
+        bent = values @ self.hessian
+        slope, curved = (state.error * values).sum(1), (bent * values).sum(1)
+        wanted = state.scale + slope / curved.clamp_min(torch.finfo(torch.float32).tiny)
         scale = (wanted * self.unit).to(self.dtype).float() / self.unit
-        good = torch.isfinite(scale) & (scale > 0)
-        return self._better(state, self.state(state.codes, state.codebooks, torch.where(good, scale, state.scale)), True)
+        move = scale - state.scale
+        gain = move * (2 * slope - move * curved)
+        good = torch.isfinite(scale) & (scale > 0) & (gain > 0)
+        move = torch.where(good, move, 0.0)
+        return replace(state, scale=torch.where(good, scale, state.scale), error=state.error - move[:, None] * bent,
+                       loss=state.loss - torch.where(good, gain, 0.0))
 
     def answer(self, state: State, unit: float) -> QuantizedTensor:
         return self.grid.fitted(state.codes, state.codebooks.to(self.dtype), (state.scale * unit).to(self.dtype)[:, None])
 
-    def _swept(self, state: State, codes: torch.Tensor, error: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-        """Codes [N, K / 8, M] after one pass; `codes` and `error`, which is D times the metric, are changed."""
+    def _sweep(self, state: State, codes: torch.Tensor, error: torch.Tensor, metric: torch.Tensor) -> None:
+        """One pass over `codes` [N, K / 8, M]; they and `error`, which is D times the metric, are changed."""
         roots = roots_of(blocks_of(metric))
         for begin in range(0, error.shape[1], BLOCK):
             here = slice(begin, min(begin + BLOCK, error.shape[1]))
@@ -198,16 +207,11 @@ class Problem:
                 error[:, here], metric[here, here], codes[:, groups], state.scale, state.codebooks, roots[groups],
                 self.options.beam)
             error.addmm_(change, metric[here], alpha=-1)
-        return codes
 
-    @staticmethod
-    def _better(old: State, new: State, by_rows: bool = False) -> State:
-        """The one of less loss; by_rows: of less loss in each row, where only scales differ."""
-        if not by_rows:
-            return new if float(new.loss.sum()) < float(old.loss.sum()) else old
-        taken = new.loss < old.loss
-        return replace(old, scale=torch.where(taken, new.scale, old.scale), loss=torch.where(taken, new.loss, old.loss),
-                       error=torch.where(taken[:, None], new.error, old.error))
+
+def _better(old: State, new: State) -> State:
+    """The one of less loss."""
+    return new if float(new.loss.sum()) < float(old.loss.sum()) else old
 
 
 def blocks_of(matrix: torch.Tensor) -> torch.Tensor:

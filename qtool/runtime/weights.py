@@ -11,6 +11,8 @@ from qtool.tensors import QuantizedTensor
 
 def obstacle(tensor: QuantizedTensor) -> str | None:
     """Why no product with packed weights knows this tensor, or None."""
+    if tensor.codes.dim() != 2:
+        return "additive codebooks"
     columns, groups = tensor.codes.shape[1], tensor.scale.shape[1]
     if groups != 1 and (columns != groups * tensor.group_size or tensor.group_size % 8):
         return f"{groups} groups of {tensor.group_size} for {columns} columns; multiples of 8 are known"
