@@ -29,6 +29,8 @@ SUFFIXES = ("codebooks", "codes", "scales")
 GROUP = 8  # columns of a codeword
 LOADERS = (
     ("transformers (with aqlm[cpu] or aqlm[gpu] installed)",
+     "import os\n"
+     "os.environ[\"NUMBA_NUM_THREADS\"] = \"1\"  # on a CPU: threads of aqlm 1.1.7 overwrite each other's sums\n"
      "import torch\n"
      "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
      "model = AutoModelForCausalLM.from_pretrained(\"DIR\", dtype=torch.float32)  # or float16 on a GPU\n"
@@ -60,7 +62,8 @@ def check_together(schemes: Mapping[str, Scheme]) -> str | None:
 
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
     """What to know about who can load it."""
-    said = ["vLLM from 0.28 on has no aqlm; transformers loads this with the package aqlm, on a CPU in float32"]
+    said = ["vLLM from 0.28 on has no aqlm; transformers loads this with the package aqlm, on a CPU in float32 and with "
+            "NUMBA_NUM_THREADS=1 (threads of aqlm 1.1.7 overwrite each other's sums)"]
     if any(MEMBERS[scheme.grid].words > 1 << 8 for scheme in schemes.values()):
         said.append("a codebook of 65,536 codewords takes 1 MiB in 16 bits for each linear, however small that is: for "
                     "small models see bits per weight, and aqlm-2x8")
