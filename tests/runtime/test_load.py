@@ -68,6 +68,14 @@ def test_logits(name: str, quantized: Make) -> None:
     assert_same(path, label)
 
 
+def test_codebooks_are_dense(quantized: Make) -> None:
+    path = quantized("llama", "--method", "aqlm", "--set", "steps.aqlm.rounds=1", "--samples", "4", "--sequence-length",
+                     "32", hidden_size=128)
+    assert_same(path, None)
+    dense = qtool.load(str(path), device="cpu").running.dense
+    assert dense["model.layers.0.mlp.up_proj"] == "additive codebooks"
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gemma2"])
 def test_families(family: str, quantized: Make) -> None:
     assert_same(quantized(family, *SCHEMES["int4-g32"]), "int4-g32")
