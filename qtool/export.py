@@ -219,7 +219,6 @@ def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
     if not (one.codes.shape == other.codes.shape and same_bits(one.codes, other.codes)):
         return False
     pairs = [(one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
-             (one.extra.get("codebooks", NONE).float(), other.extra.get("codebooks", NONE).float()),
              (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1), other.extra.get(INPUT_SCALE, NONE).float())]
     return all(torch.equal(left, right) for left, right in pairs)
 

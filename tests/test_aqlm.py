@@ -64,7 +64,7 @@ def test_no_move_raises_the_loss_and_each_knows_it(rows: int, groups: int, seed:
 
 
 def test_conjugate_gradients_end_at_the_least_squares_of_all_codewords() -> None:
-    """Against the dense normal equations in float64, of which the codewords that stand for each other are a null space."""
+    """Against the dense normal equations in float64; codewords that stand for each other are a null space."""
     made = replace(small(options={"iterations": 200}), dtype=torch.float32)
     state = made.first()
     groups, words = state.codes.shape[1], 2 * SMALL.words
@@ -110,7 +110,8 @@ def test_in_order_is_the_textbook_recursion() -> None:
         codes = found_state.codes[:, group].long()
         mine = errors.gather(1, (codes[:, :1] * 8 + codes[:, 1:]))[:, 0]
         torch.testing.assert_close(mine, errors.min(1).values, rtol=1e-3, atol=1e-5)
-        off[:, here] = original - candidates.gather(1, (codes[:, :1] * 8 + codes[:, 1:])[..., None].expand(-1, 1, 8))[:, 0]
+        place_of = (codes[:, :1] * 8 + codes[:, 1:])[..., None].expand(-1, 1, 8)
+        off[:, here] = original - candidates.gather(1, place_of)[:, 0]
     assert float(found_state.loss.sum()) < float(state.loss.sum())
 
 
@@ -212,11 +213,13 @@ def test_an_indefinite_hessian_is_repaired_and_text_is_needed() -> None:
 @pytest.mark.parametrize(("changes", "words"), [
     ({"scheme__bits": 4}, "has 2 bits a weight"), ({"scheme__group_size": 16}, "groups of 8"),
     ({"scheme__symmetric": False}, "leave --asymmetric"), ({"format": "compressed-tensors"}, "aqlm-2x8"),
-    ({"format": "gptq"}, "not the aqlm-2x8 grid"), ({"format": "gguf"}, "needs a mixture"), ({"format": "fp8"}, "aqlm-2x8"),
+    ({"format": "gptq"}, "not the aqlm-2x8 grid"), ({"format": "gguf"}, "needs a mixture"),
+    ({"format": "fp8"}, "aqlm-2x8"),
     ({"steps": [{"gptq": {}}]}, "the gptq step works on single columns"),
     ({"steps": [{"aqlm": {}}, {"refine": {}}]}, "the refine step works on single columns"),
     ({"steps": [{"awq": {}}, {"aqlm": {}}]}, "the awq step works on single columns"),
-    ({"scheme__grid": "affine", "scheme__group_size": 32, "format": "compressed-tensors"}, "makes codebooks, which int2"),
+    ({"scheme__grid": "affine", "scheme__group_size": 32, "format": "compressed-tensors"},
+     "makes codebooks, which int2"),
     ({"rules": [{"match": "*.down_proj", "grid": "aqlm-3x8", "bits": 3}]}, "codebooks of one kind"),
 ])
 def test_what_cannot_be_is_refused_while_planning(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -251,6 +254,7 @@ def test_the_plan_counts_every_byte_and_each_linear_has_its_own_codebooks(tmp_pa
 def test_damping_is_that_of_the_other_steps() -> None:
     layer = layer_problem(SCHEME, 16, 64)
     assert layer.stats is not None
-    made, strength, _ = aqlm._problem(layer, layer.target, SMALL, aqlm.Options(damping=0.1, damping_mode="relative"), 1.0)
+    options = aqlm.Options(damping=0.1, damping_mode="relative")
+    made, strength, _ = aqlm._problem(layer, layer.target, SMALL, options, 1.0)
     assert strength == 0.1
     assert torch.equal(made.hessian, damped(layer.stats.hessian, 0.1, "relative"))

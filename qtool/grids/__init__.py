@@ -20,5 +20,5 @@ def refuses_step(scheme: Scheme, step: ModuleType) -> str | None:
     if hasattr(found.load("grids", scheme.grid), "solve_columns") or getattr(step, "CODEBOOKS", False):
         return None
     name = step.__name__.rpartition(".")[2].replace("_", "-")
-    return (f"the {name} step works on single columns, and {scheme.grid} codes {scheme.group_size} at once; take the step "
-            "aqlm for it (--method aqlm), or another grid")
+    return (f"the {name} step works on single columns, and {scheme.grid} codes {scheme.group_size} at once; take the "
+            "step aqlm for it (--method aqlm), or another grid")

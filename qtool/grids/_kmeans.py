@@ -1,7 +1,7 @@
 """Residual k-means: codebooks and codes for vectors of 8 columns, one codebook after the other.
 
-The error of a group of columns is (t - value) B (t - value)ᵀ with a matrix B [8, 8] of its own, such as a block on the
-diagonal of H; so the mean of a cluster is (Σ s² B)⁻¹ Σ s² B x, with s the scale of each row. Source: AQLM,
+The error of a group of columns is (t - value) B (t - value)ᵀ with a matrix B [8, 8] of its own, such as a block on
+the diagonal of H; so the mean of a cluster is (Σ s² B)⁻¹ Σ s² B x, with s the scale of each row. Source: AQLM,
 arXiv 2401.06118, section 3.4, which has plain k-means.
 """
 
@@ -66,7 +66,8 @@ def solve_words(factors: tuple[torch.Tensor, torch.Tensor], right: torch.Tensor)
 def roots_of(blocks: torch.Tensor) -> torch.Tensor:
     """Lower triangular L with L Lᵀ = B, float32 [G, 8, 8]; where that fails, of the diagonal of B alone."""
     lower, failed = torch.linalg.cholesky_ex(blocks.double())
-    plain = torch.diag_embed(blocks.diagonal(dim1=-2, dim2=-1).double().clamp_min(torch.finfo(torch.float32).tiny).sqrt())
+    diagonal = blocks.diagonal(dim1=-2, dim2=-1).double().clamp_min(torch.finfo(torch.float32).tiny)
+    plain = torch.diag_embed(diagonal.sqrt())
     return torch.where((failed == 0)[:, None, None], lower, plain).float()
 
 

@@ -195,7 +195,8 @@ class Problem:
                        loss=state.loss - torch.where(good, gain, 0.0))
 
     def answer(self, state: State, unit: float) -> QuantizedTensor:
-        return self.grid.fitted(state.codes, state.codebooks.to(self.dtype), (state.scale * unit).to(self.dtype)[:, None])
+        scale = (state.scale * unit).to(self.dtype)
+        return self.grid.fitted(state.codes, state.codebooks.to(self.dtype), scale[:, None])
 
     def _sweep(self, state: State, codes: torch.Tensor, error: torch.Tensor, metric: torch.Tensor) -> None:
         """One pass over `codes` [N, K / 8, M]; they and `error`, which is D times the metric, are changed."""

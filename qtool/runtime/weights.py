@@ -23,7 +23,8 @@ def pack(tensor: QuantizedTensor) -> PackedWeight:
     """The same values for running; zero points become offsets of their groups (one rounding more, in float32)."""
     scale, offset = tensor.scale, tensor.offset
     if tensor.grid != "affine":
-        return pack_codes(tensor.codes, levels_of(tensor.grid), scale, offset)
+        levels = tensor.extra["levels"].float() if "levels" in tensor.extra else levels_of(tensor.grid)
+        return pack_codes(tensor.codes, levels, scale, offset)
     half = 1 << (tensor.bits - 1)
     if bool((tensor.zero_point != half).any()):
         offset = (half - tensor.zero_point.float()) * scale.float()

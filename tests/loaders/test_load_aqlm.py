@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("one", CASES, ids=str)
 def test_aqlm_computes_what_we_decode(one: Case, folder: Path) -> None:
-    """Codebooks and scales are cast to float32, in which aqlm's kernels for CPUs work: only the order of sums differs."""
+    """Codebooks and scales are cast to float32, in which aqlm's kernels for CPUs work; the order of sums differs."""
     tensors, remarks = answer(folder / f"{one}.aqlm")
     assert "QuantizedLinear" in remarks["modules"]
     left = json.loads((folder / one.name / "config.json").read_text())["quantization_config"]

@@ -88,7 +88,8 @@ def test_what_is_not_contiguous() -> None:
     assert cases.same(codebooks.refine_codebooks(*strided, 3), expected)
     assert cases.same(codebooks.dequantize_codebooks(strided[2], strided[4], strided[3]),
                       codebooks.dequantize_codebooks(chosen, made, scale))
-    assert cases.same(codebooks.sum_codewords(strided[0], strided[2], 16), codebooks.sum_codewords(gradient, chosen, 16))
+    assert cases.same(codebooks.sum_codewords(strided[0], strided[2], 16),
+                      codebooks.sum_codewords(gradient, chosen, 16))
 
 
 @pytest.mark.parametrize("threads", [2, 3])

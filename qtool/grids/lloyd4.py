@@ -1,0 +1,92 @@
+"""Sixteen levels learned for each linear: a scalar codebook by Lloyd's method (Lloyd-Max), one scale per row or group.
+
+The levels are those of least error over the weights in units of their scale, each weighted by the square of the scale
+and, where there is text, by diag(H); then scales are searched for these levels, and again. Stored in AQLM's layout,
+formats/aqlm.py, as bitsandbytes decodes with its own table whatever the file's quant_map says.
+Source: Lloyd, Least squares quantization in PCM (1982); SqueezeLLM, arXiv 2306.07629, for weights and their importance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from qtool.grids._levels import LevelGrid, midpoints
+from qtool.recipe import Scheme
+from qtool.tensors import QuantizedTensor
+
+JOINT, FREE_SCALES = False, False
+COUNT, BINS, LLOYD_ROUNDS, TURNS = 16, 1 << 14, 60, 2
+UNIFORM = torch.linspace(-1.0, 1.0, COUNT)
+GRID = LevelGrid("lloyd4", 4, UNIFORM, midpoints(UNIFORM))
+check, width, reach = GRID.check, GRID.width, GRID.reach
+
+
+def fit(weight: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: torch.Tensor | None = None,
+        shrink_steps: int = 1, signed: bool = False, rounds: int = 0) -> QuantizedTensor:
+    """Scales of weight [N, K] as LevelGrid.fit has them, and extra["levels"] [16] in scale_dtype."""
+    group = width(scheme, weight.shape[1])
+    importance = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance
+    fitted = GRID.fit(weight, scheme, scale_dtype)
+    levels = UNIFORM.to(weight.device)
+    for _ in range(TURNS):
+        levels = learned(weight, fitted.scale.float(), importance, group).to(scale_dtype).float()
+        fitted = _with(levels).fit(weight, scheme, scale_dtype, importance, shrink_steps, signed, rounds)
+    return replace(fitted, extra={"levels": levels.to(scale_dtype)})
+
+
+def learned(weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, group: int) -> torch.Tensor:
+    """Levels float32 [16], ascending, of least error over weight [N, K] in units of scale [N, G].
+
+    In bins that are far narrower than levels are apart. Begins with as many levels in a place as the cube root of the
+    weight there, which is best for many levels (Panter and Dite, 1951).
+    """
+    ratio = (weight.reshape(*scale.shape, group) / scale[..., None]).clamp(-1, 1).double()
+    mass = importance.double().reshape(1, -1, group) * scale.double().square()[..., None]
+    place = ((ratio + 1) * (BINS / 2)).long().clamp(0, BINS - 1).flatten()
+    mass = torch.bincount(place, mass.flatten(), BINS)
+    total = torch.bincount(place, (importance.double().reshape(1, -1, group) * scale.double().square()[..., None]
+                                   * ratio).flatten(), BINS)
+    if not float(mass.sum()) > 0:
+        return UNIFORM.to(weight.device)
+    smooth = mass.reshape(256, -1).sum(1).pow(1 / 3).repeat_interleave(BINS // 256).cumsum(0)
+    wanted = (torch.arange(COUNT, device=weight.device).double() + 0.5) / COUNT * smooth[-1]
+    middle = (torch.arange(BINS, device=weight.device).double() + 0.5) * (2 / BINS) - 1
+    levels = middle[torch.searchsorted(smooth, wanted).clamp_max(BINS - 1)]
+    for _ in range(LLOYD_ROUNDS):
+        chosen = torch.bucketize(middle, midpoints(levels))
+        heavy = torch.zeros_like(levels).index_add_(0, chosen, mass)
+        means = torch.zeros_like(levels).index_add_(0, chosen, total) / heavy
+        levels = torch.where(heavy > 0, means, levels).sort().values
+    return levels.float()
+
+
+def encode(weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
+    """Every weight [N, K] at the nearest level."""
+    return _of(fitted).encode(weight, fitted)
+
+
+def decode(tensor: QuantizedTensor) -> torch.Tensor:
+    """float32 [N, K]."""
+    return _of(tensor).decode(tensor)
+
+
+def solve_columns(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, fitted: QuantizedTensor,
+                  group_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ops.solve_columns."""
+    return _of(fitted).solve_columns(weight, shift, factor, fitted, group_index)
+
+
+def refine_columns(gradient: torch.Tensor, hessian: torch.Tensor, part: QuantizedTensor,
+                   group_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ops.refine_columns."""
+    return _of(part).refine_columns(gradient, hessian, part, group_index)
+
+
+def _of(tensor: QuantizedTensor) -> LevelGrid:
+    return _with(tensor.extra["levels"].float())
+
+
+def _with(levels: torch.Tensor) -> LevelGrid:
+    return replace(GRID, levels=levels, edges=midpoints(levels))
