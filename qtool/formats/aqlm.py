@@ -172,8 +172,8 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
     for name in stored_linears(specs, "codes"):
         shape = specs[f"{name}.codes"].shape
         if len(shape) != 3 or shape[2] != books:
-            raise CheckpointError(f"{name}.codes is {list(shape)}, not [outputs, inputs / {width}, {books}]; the tensor "
-                                  "does not fit the quantization_config in config.json")
+            raise CheckpointError(f"{name}.codes is {list(shape)}, not [outputs, inputs / {width}, {books}]; the "
+                                  "tensor does not fit the quantization_config in config.json")
         found_schemes[name] = scheme, (shape[0], shape[1] * width)
     if not found_schemes:
         raise CheckpointError("config.json says AQLM, but no tensor is called *.codes; fetch the model again")

@@ -20,6 +20,7 @@ CASES = [
     Case("2x8", "aqlm", TWO), Case("2x8-some", "aqlm", TWO, LEFT), Case("2x8-biases", "aqlm", TWO, family="qwen2"),
     Case("3x8", "aqlm", TWO.model_copy(update={"grid": "aqlm-3x8", "bits": 3})),
     Case("4x8", "aqlm", TWO.model_copy(update={"grid": "aqlm-4x8", "bits": 4})),
+    Case("levels", "aqlm", Scheme(grid="lloyd4", bits=4, group_size=-1)),
     Case("1x16", "aqlm", TWO.model_copy(update={"grid": "aqlm-1x16"}), BUT_TWO),
 ]
 
