@@ -28,7 +28,8 @@ SCHEME = Scheme(grid="lloyd4", bits=4, group_size=-1)
 
 
 def error(weight: torch.Tensor, dense: torch.Tensor, importance: torch.Tensor | float = 1.0) -> float:
-    return float((importance * (weight - dense).double().square()).sum() / (importance * weight.double().square()).sum())
+    off, whole = (weight - dense).double().square(), weight.double().square()
+    return float((importance * off).sum() / (importance * whole).sum())
 
 
 def rounded(weight: torch.Tensor, importance: torch.Tensor | None = None, scheme: Scheme = SCHEME,
