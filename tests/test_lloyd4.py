@@ -101,6 +101,23 @@ def test_any_weight_is_finite(kind: str, dtype: torch.dtype, rows: int, seed: in
     assert torch.equal(again.codes, tensor.codes) and torch.equal(again.extra["levels"], levels)
 
 
+def test_what_tune_learns() -> None:
+    weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    tensor = rounded(weight, scheme=SCHEME.model_copy(update={"group_size": 32}), dtype=torch.bfloat16)
+    values = lloyd4.learnable(tensor)
+    assert values["levels"].shape == (16,) and values["scales"].shape == (20, 2)
+    assert torch.equal(lloyd4.smooth(tensor, values), lloyd4.decode(tensor))
+    moved = {name: value.clone().requires_grad_() for name, value in values.items()}
+    lloyd4.smooth(tensor, moved).sum().backward()
+    wide = values["scales"].repeat_interleave(32, 1)
+    sums = torch.stack([wide[tensor.codes == code].sum() for code in range(16)])
+    torch.testing.assert_close(moved["levels"].grad, sums, rtol=1e-4, atol=1e-4)
+    values["levels"][[3, 4]] = values["levels"][[4, 3]]  # changed places
+    stored = lloyd4.stored(tensor, values)
+    assert (stored.extra["levels"].float().diff() >= 0).all() and stored.scale.dtype is torch.bfloat16
+    assert torch.equal(lloyd4.decode(stored), lloyd4.smooth(tensor, values))
+
+
 def test_the_solvers_run_on_it() -> None:
     layer = problem(SCHEME)
     nearest = rtn.run(layer, rtn.Options())

@@ -8,6 +8,7 @@ Source: Lloyd, Least squares quantization in PCM (1982); SqueezeLLM, arXiv 2306.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -70,6 +71,26 @@ def encode(weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:
 def decode(tensor: QuantizedTensor) -> torch.Tensor:
     """float32 [N, K]."""
     return _of(tensor).decode(tensor)
+
+
+def learnable(tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """What the format stores as real numbers: levels [16] and scales [N, G], copies in float32."""
+    return {"levels": tensor.extra["levels"].float().clone(), "scales": tensor.scale.float().clone()}
+
+
+def smooth(tensor: QuantizedTensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [N, K] of the tensor's codes, differentiable in `values`."""
+    levels = torch.nn.functional.embedding(tensor.codes.long(), values["levels"][:, None])
+    return (levels.reshape(*tensor.scale.shape, -1) * values["scales"][..., None]).flatten(1)
+
+
+def stored(tensor: QuantizedTensor, values: Mapping[str, torch.Tensor]) -> QuantizedTensor:
+    """The tensor with these values, rounded to the dtypes that it has; levels that changed places are put in order."""
+    levels = values["levels"].detach().to(tensor.extra["levels"].dtype)
+    order = levels.float().argsort(stable=True)
+    codes = order.argsort().to(torch.uint8)[tensor.codes.long()]
+    return replace(tensor, codes=codes, scale=values["scales"].detach().to(tensor.scale.dtype),
+                   extra={**tensor.extra, "levels": levels[order]})
 
 
 def solve_columns(weight: torch.Tensor, shift: torch.Tensor, factor: torch.Tensor, fitted: QuantizedTensor,
