@@ -39,13 +39,15 @@ def start(target: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, books
 def curvature(codes: torch.Tensor, scale: torch.Tensor, blocks: torch.Tensor, words: int) -> torch.Tensor:
     """Σ s² B over the groups that have each codeword: float32 [M, words, 8, 8]."""
     groups, square = len(blocks), scale.square()[:, None]
+    device = codes.device
     if words * groups > LARGEST_TABLE:
         rows = [ops.sum_codewords(square * blocks[:, j].reshape(1, -1), codes, words) for j in range(VECTOR)]
         return torch.stack(rows, 2)
-    place = codes.long() * groups + torch.arange(groups, device=codes.device)[:, None]
-    mass = torch.stack([torch.bincount(place[..., book].flatten(), square.double().expand(-1, groups).flatten(),
-                                       words * groups) for book in range(codes.shape[2])])
-    return (mass.float().reshape(-1, words, groups) @ blocks.flatten(1)).reshape(-1, words, VECTOR, VECTOR)
+    place = codes.cpu().long() * groups + torch.arange(groups)[:, None]  # a GPU adds in any order
+    each = square.cpu().double().expand(-1, groups).flatten()
+    mass = torch.stack([torch.bincount(place[..., book].flatten(), each, words * groups)
+                        for book in range(codes.shape[2])])
+    return (mass.float().reshape(-1, words, groups).to(device) @ blocks.flatten(1)).reshape(-1, words, VECTOR, VECTOR)
 
 
 def factor_words(curved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

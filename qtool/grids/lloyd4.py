@@ -19,6 +19,7 @@ from qtool.tensors import QuantizedTensor
 
 JOINT, FREE_SCALES = False, False
 COUNT, BINS, LLOYD_ROUNDS, TURNS = 16, 1 << 14, 60, 2
+CHUNK = 1 << 18  # weights at a time
 UNIFORM = torch.linspace(-1.0, 1.0, COUNT)
 GRID = LevelGrid("lloyd4", 4, UNIFORM, midpoints(UNIFORM))
 check, width, reach = GRID.check, GRID.width, GRID.reach
@@ -43,24 +44,28 @@ def learned(weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor,
     In bins that are far narrower than levels are apart. Begins with as many levels in a place as the cube root of the
     weight there, which is best for many levels (Panter and Dite, 1951).
     """
-    ratio = (weight.reshape(*scale.shape, group) / scale[..., None]).clamp(-1, 1).double()
-    mass = importance.double().reshape(1, -1, group) * scale.double().square()[..., None]
-    place = ((ratio + 1) * (BINS / 2)).long().clamp(0, BINS - 1).flatten()
-    mass = torch.bincount(place, mass.flatten(), BINS)
-    total = torch.bincount(place, (importance.double().reshape(1, -1, group) * scale.double().square()[..., None]
-                                   * ratio).flatten(), BINS)
+    device = weight.device
+    weight, scale, importance = weight.cpu(), scale.cpu(), importance.cpu()  # a GPU adds in any order
+    mass, total = torch.zeros(2, BINS, dtype=torch.float64)
+    rows = max(1, CHUNK // max(weight.shape[1], 1))
+    for some, steps in zip(weight.split(rows), scale.split(rows), strict=True):
+        ratio = (some.reshape(*steps.shape, group) / steps[..., None]).clamp(-1, 1).double()
+        heavy = importance.double().reshape(1, -1, group) * steps.double().square()[..., None]
+        place = ((ratio + 1) * (BINS / 2)).long().clamp(0, BINS - 1).flatten()
+        mass += torch.bincount(place, heavy.expand_as(ratio).flatten(), BINS)
+        total += torch.bincount(place, (heavy * ratio).flatten(), BINS)
     if not float(mass.sum()) > 0:
-        return UNIFORM.to(weight.device)
+        return UNIFORM.to(device)
     smooth = mass.reshape(256, -1).sum(1).pow(1 / 3).repeat_interleave(BINS // 256).cumsum(0)
-    wanted = (torch.arange(COUNT, device=weight.device).double() + 0.5) / COUNT * smooth[-1]
-    middle = (torch.arange(BINS, device=weight.device).double() + 0.5) * (2 / BINS) - 1
+    wanted = (torch.arange(COUNT).double() + 0.5) / COUNT * smooth[-1]
+    middle = (torch.arange(BINS).double() + 0.5) * (2 / BINS) - 1
     levels = middle[torch.searchsorted(smooth, wanted).clamp_max(BINS - 1)]
     for _ in range(LLOYD_ROUNDS):
         chosen = torch.bucketize(middle, midpoints(levels))
-        heavy = torch.zeros_like(levels).index_add_(0, chosen, mass)
-        means = torch.zeros_like(levels).index_add_(0, chosen, total) / heavy
-        levels = torch.where(heavy > 0, means, levels).sort().values
-    return levels.float()
+        cells = torch.zeros_like(levels).index_add_(0, chosen, mass)
+        means = torch.zeros_like(levels).index_add_(0, chosen, total) / cells
+        levels = torch.where(cells > 0, means, levels).sort().values
+    return levels.float().to(device)
 
 
 def encode(weight: torch.Tensor, fitted: QuantizedTensor) -> QuantizedTensor:

@@ -17,12 +17,12 @@ def dequantize_codebooks(codes: torch.Tensor, codebooks: torch.Tensor, scale: to
 
 def sum_codewords(values: torch.Tensor, codes: torch.Tensor, words: int) -> torch.Tensor:
     books = codes.shape[2]
-    sums = torch.zeros(books, words * VECTOR, dtype=torch.float64, device=values.device)
-    inside, vectors = torch.arange(VECTOR, device=values.device), values.double().reshape(-1)
+    sums = torch.zeros(books, words * VECTOR, dtype=torch.float64, device="meta" if values.is_meta else "cpu")
+    vectors, places = values.to(sums.device).double().reshape(-1), codes.to(sums.device)  # a GPU adds in any order
     for book in range(books):
-        place = codes[..., book].reshape(-1, 1).long() * VECTOR + inside
+        place = places[..., book].reshape(-1, 1).long() * VECTOR + torch.arange(VECTOR, device=sums.device)
         sums[book].index_add_(0, place.reshape(-1), vectors)
-    return sums.float().reshape(books, words, VECTOR)
+    return sums.float().reshape(books, words, VECTOR).to(values.device)
 
 
 def refine_codebooks(gradient: torch.Tensor, hessian: torch.Tensor, old_codes: torch.Tensor, scale: torch.Tensor,
