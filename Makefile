@@ -39,7 +39,7 @@ test: $(READY) browser  ## the tests (no network, no GPU)
 	$(BIN)/python -m pytest
 
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
-	bash loaders/setup.sh gptqmodel llamacpp mlx onnx vllm
+	bash loaders/setup.sh aqlm gptqmodel llamacpp mlx onnx vllm
 	$(BIN)/python -m pytest -m loaders tests/loaders $(OPTIONS)
 
 test-trust: $(READY)  ## the long tests that try to break it: killed, starved, lied to (docs/reliability.md)

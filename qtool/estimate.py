@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qtool import found
 from qtool.budget import MEASURED
 from qtool.models.backward import ROWS
 from qtool.models.skeleton import Skeleton
@@ -265,4 +266,8 @@ def _solving(rows: int, columns: int, work: Work) -> int:
         return weights * (work.model_dtype.itemsize + 4 + 4 + 4 + 2)
     target = weights * 12 + columns**2 * 4 * (4 if work.float_share < 1 else 3) if work.float_share else 0
     codes = weights * ((20 if work.float_share else 16) + 3) + columns**2 * 4 * 3
+    if any("aqlm" in step for step in work.recipe.steps):  # two answers with E, three more; H, L, what they make
+        grid = found.load("grids", work.recipe.scheme.grid)
+        words = grid.books * grid.words if hasattr(grid, "books") else 0
+        codes = weights * 54 + columns**2 * 4 * 7 + words * 1024  # tables and 8 x 8 factors of each codeword
     return max(target, codes) + _held_out(columns, work)

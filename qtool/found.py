@@ -12,7 +12,7 @@ from typing import Any
 
 from qtool.errors import RecipeError
 
-COLLECTIONS = {"grids": "ggml"}  # files with many members, which are objects in MEMBERS
+COLLECTIONS = {"grids": ("aqlm", "ggml")}  # files with many members, which are objects in MEMBERS
 
 
 def names(folder: str) -> list[str]:
@@ -22,17 +22,16 @@ def names(folder: str) -> list[str]:
 
 @functools.cache
 def _names(folder: str) -> tuple[str, ...]:
-    path, collection = Path(__file__).parent / folder, COLLECTIONS.get(folder)
+    path, collections = Path(__file__).parent / folder, COLLECTIONS.get(folder, ())
     files = {module.name.replace("_", "-") for module in pkgutil.iter_modules([str(path)])
-             if not module.name.startswith("_") and module.name != collection}
+             if not module.name.startswith("_") and module.name not in collections}
     return tuple(sorted(files | set(_collected(folder))))
 
 
 @functools.cache
 def _collected(folder: str) -> dict[str, Any]:
-    if folder not in COLLECTIONS:
-        return {}
-    return dict(importlib.import_module(f"qtool.{folder}.{COLLECTIONS[folder]}").MEMBERS)
+    return {name: member for file in COLLECTIONS.get(folder, ())
+            for name, member in importlib.import_module(f"qtool.{folder}.{file}").MEMBERS.items()}
 
 
 def load(folder: str, name: str) -> ModuleType:

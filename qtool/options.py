@@ -61,8 +61,8 @@ Asymmetric = Annotated[bool, _recipe_option("With zero points.", "--asymmetric")
 DoubleQuant = Annotated[bool, _recipe_option("Scales in 8 bits too (nf4, fp4).", "--double-quant")]
 KvCache = Annotated[str | None, _recipe_option("fp8: calibrate the scales of a cache of keys and values in FP8.",
                                                "--kv-cache", metavar="TYPE")]
-Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq, mlx, modelopt, fp8 or bitsandbytes "
-                                              "(the method's).",
+Format = Annotated[str | None, _recipe_option("compressed-tensors, gptq, awq, mlx, modelopt, fp8, bitsandbytes "
+                                              "or aqlm (the method's).",
                                               "--format", metavar="NAME")]
 Text = Annotated[str | None, _recipe_option(
     "Text to run through the model: builtin, FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD, or a Hub dataset "

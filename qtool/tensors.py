@@ -44,10 +44,11 @@ class TensorSpec:
 class QuantizedTensor:
     """A linear weight [N, K] as codes on a grid; value = scale * what the grid says that the code stands for.
 
-    codes: uint8 [N, K]; on an affine grid 0 .. 2^bits - 1, standing for code - zero point.  scale: [N, G] in the dtype
-    that the format stores (may be negative on affine grids).  zero_point: uint8 [N, G], an unsigned code; 2^(bits-1)
-    everywhere when symmetric, not used by grids of levels.  G = K / group_size; group_size = K means one group per row
-    (per-channel).  extra: what a grid keeps beside, about the whole matrix (a global scale, nested scales).
+    codes: uint8 [N, K] (of codebooks int32 [N, K / 8, M]); on an affine grid 0 .. 2^bits - 1, standing for code - zero
+    point.  scale: [N, G] in the dtype that the format stores (may be negative on affine grids).  zero_point: uint8
+    [N, G], an unsigned code; 2^(bits-1) everywhere when symmetric, not used by grids of levels.  G = K / group_size;
+    group_size = K means one group per row (per-channel).  extra: what a grid keeps beside, about the whole matrix (a
+    global scale, nested scales, codebooks).
     activations: whether the inputs will be rounded too, which some formats store in another way.
     strategy: what rows share scales, which stay as they were fitted then: "tensor", all; "block", 128; None, none.
     offset: float32 [N, G] or None, added to all values of a group (grids whose minimum is not a multiple of the scale).

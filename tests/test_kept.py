@@ -91,7 +91,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "gptq-fast", {"calibration__held_out": 0.0}), ("llama", "awq+gptq", {}),
     ("llama", "rotate+gptq", {}), ("llama", "gptq", {"calibration__samples": 64}),
     ("llama", "smoothquant", {"scheme__bits": 8, "scheme__group_size": -1}),
-    ("llama", "nf4-gptq", {"scheme__group_size": 64}), ("qwen3_moe", "gptq", {})]
+    ("llama", "nf4-gptq", {"scheme__group_size": 64}),
+    ("llama", "aqlm", {"scheme__group_size": 8, "steps__aqlm__rounds": 1}), ("qwen3_moe", "gptq", {})]
 
 
 @pytest.mark.parametrize("family, method, settings", CASES)

@@ -245,8 +245,8 @@ def plans(samples: Samples, random: Random, folder: Path) -> None:
         refused_or("", lambda: make_plan(checkpoint, made, folder / "out", "cpu").to_json())
 
 
-FORMATS = ("compressed-tensors", "gptq", "awq", "mlx", "fp8", "bitsandbytes", "modelopt", "gguf", "hf")
-GRIDS = ("affine", "fp8", "nf4", "fp4", "mxfp4", "nvfp4", "q4_k", "vectorwise-int8")
+FORMATS = ("compressed-tensors", "gptq", "awq", "mlx", "fp8", "bitsandbytes", "modelopt", "gguf", "hf", "aqlm")
+GRIDS = ("affine", "fp8", "nf4", "fp4", "mxfp4", "nvfp4", "q4_k", "vectorwise-int8", "aqlm-2x8")
 
 
 def imatrix(samples: Samples, random: Random, folder: Path) -> None:

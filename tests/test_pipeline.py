@@ -93,7 +93,7 @@ def test_gptq_with_an_asymmetric_target(tmp_path: Path) -> None:
     assert all(factor == 0 for factor in factors[:3])  # the first block's inputs are not quantized yet
 
 
-LEVELS = ["llm-int8", "nf4", "fp4", "nf4-gptq", "fp8", "fp8-static", "w8a8", "mxfp4", "nvfp4"]
+LEVELS = ["llm-int8", "nf4", "fp4", "nf4-gptq", "fp8", "fp8-static", "w8a8", "mxfp4", "nvfp4", "lloyd4"]
 
 
 @pytest.mark.parametrize("method", LEVELS)

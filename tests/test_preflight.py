@@ -32,7 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method, settings", [
     ("rtn", {}), ("rtn", {"shard_gb": 2e-4}), ("gptq-fast", {"kv_cache": "fp8"}),
-    ("nf4", {"scheme__double_quant": True}), ("fp8", {}), ("q4_k_m", {}), ("mxfp4", {})])
+    ("nf4", {"scheme__double_quant": True}), ("fp8", {}), ("q4_k_m", {}), ("mxfp4", {}),
+    ("aqlm", {"steps__aqlm__rounds": 1}), ("lloyd4", {})])
 def test_the_files_are_as_large_as_predicted(method: str, settings: dict[str, Any], model: Path,
                                              tmp_path: Path) -> None:
     checkpoint, plan = planned(model, tmp_path / "out", method, **settings)

@@ -54,6 +54,7 @@ def verified(out: Path, against: Path) -> decode.Source:
 @pytest.mark.parametrize("method, settings", [
     ("rtn", {}), ("gptq", {}), ("gptq-fast", {"memory_budget_gb": 1e-9}), ("awq", {}),
     ("w8a8", {"scheme__bits": 8, "scheme__group_size": -1}), ("nf4", {"scheme__group_size": 64}),
+    ("aqlm", {"scheme__group_size": 8, "steps__aqlm__rounds": 1}),
     ("fp8-static", {"scheme__group_size": -1})])
 def test_equal_settings_give_equal_bytes(method: str, settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """The stream is run through the finished blocks exactly as it ran when they were solved."""

@@ -111,6 +111,7 @@ Tensor unpacked_fields(Tensor packed, Tensor fields, int64_t width) {
 }  // namespace
 
 #include "bindings_packed.inc"
+#include "bindings_codebooks.inc"
 
 STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) {
   QTOOL_REGISTER(library);
@@ -120,6 +121,9 @@ STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) {
   library.impl("multiply_packed", TORCH_BOX(&multiply_packed));
   library.impl("unpack_packed", TORCH_BOX(&unpack_packed));
   library.impl("decode_block", TORCH_BOX(&decode_block));
+  library.impl("refine_codebooks", TORCH_BOX(&refine_codebooks));
+  library.impl("dequantize_codebooks", TORCH_BOX(&dequantize_codebooks));
+  library.impl("sum_codewords", TORCH_BOX(&sum_codewords));
 }
 
 // For ctypes: the name of the instruction set in use, and a way for tests to choose another. 0 when it cannot run here.

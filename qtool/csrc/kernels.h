@@ -59,6 +59,13 @@ struct Attention {
   float scaling;
 };
 
+// Additive codebooks: `books` of `words` codewords of kVector columns each; see codebooks.inc.
+constexpr int64_t kVector = 8, kMaxCodebooks = 8, kMaxBeam = 16, kMaxWords = 1 << 16;
+
+struct CodebookOptions {
+  int64_t columns, books, words, beam;
+};
+
 struct Kernels {
   const char* name;
   void (*fit_affine)(const float* weight, const float* importance, const FitOptions& options, float* scale,
@@ -90,6 +97,16 @@ struct Kernels {
   // d, dmin [rows, columns / super]; scales (less scale_low), mins [rows, columns / sub]
   void (*fit_blocks)(const float* weight, const float* importance, const BlockFitOptions& options, Levels levels,
                      float* d, uint8_t* scales, float* dmin, uint8_t* mins, int64_t begin, int64_t end);
+  // gradient, delta [rows, columns]; hessian [columns, columns]; codes [rows, columns / 8, books]; scale [rows];
+  // codebooks [books, words, 8]; roots [columns / 8, 8, 8]: L of the diagonal blocks L Lᵀ of the Hessian
+  void (*refine_codebooks)(const float* gradient, const float* hessian, const int32_t* old_codes, const float* scale,
+                           const float* codebooks, const float* roots, const CodebookOptions& options, int32_t* codes,
+                           float* delta, int64_t begin, int64_t end);
+  void (*dequantize_codebooks)(const int32_t* codes, const float* codebooks, const float* scale, int64_t groups,
+                               int64_t books, int64_t words, float* values, int64_t begin, int64_t end);
+  // sums [books * words, 8] of the values of all `groups` that have the codeword. Here [begin, end) are codewords.
+  void (*sum_codewords)(const float* values, const int32_t* codes, int64_t groups, int64_t books, int64_t words,
+                        float* sums, int64_t begin, int64_t end);
   // product [tokens, outputs]: left [tokens, columns] times right [outputs, columns] transposed, summed as int32, times
   // the scales of both rows. Here [begin, end) are rows of `right`.
   void (*multiply_int8)(const int8_t* left, const int8_t* right, const float* left_scale, const float* right_scale,

@@ -14,5 +14,6 @@
   ((Lanes)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)(low), (__m256i)(index)),      \
                            _mm256_permutevar8x32_ps((__m256)(high), (__m256i)(index)),     \
                            (__m256)((index) << 28)))
+#define QTOOL_ANY(mask) (_mm256_movemask_ps((__m256)(mask)) != 0)
 #include "kernels.inc"
 #endif

@@ -11,5 +11,6 @@
 #define QTOOL_PAIRS(a, b) ((IntLanes)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #define QTOOL_BYTE_PAIRS(a, b) ((Shorts)_mm512_maddubs_epi16((__m512i)(a), (__m512i)(b)))
 #define QTOOL_LOOK_UP(low, high, index) ((Lanes)_mm512_permutexvar_ps((__m512i)(index), (__m512)(low)))
+#define QTOOL_ANY(mask) (_mm512_test_epi32_mask((__m512i)(mask), (__m512i)(mask)) != 0)
 #include "kernels.inc"
 #endif

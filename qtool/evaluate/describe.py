@@ -18,6 +18,7 @@ WHERE: tuple[tuple[str, str, str], ...] = (
     ("activations", "outliers", "bitsandbytes in transformers, where 8 bits must not need calibration"),
     ("grid", "nf4", "bitsandbytes in transformers, and QLoRA fine-tuning"),
     ("grid", "fp4", "bitsandbytes in transformers"),
+    ("format", "aqlm", "transformers with the package aqlm, where bytes count for more than speed"),
     ("grid", "fp8", "GPUs with FP8 units: long prompts, many requests at once"),
     ("rounds inputs", "yes", "engines that multiply int8: long prompts, many requests at once"),
     ("grid", "nvfp4", "engines with NVFP4 kernels: few requests at once"),

@@ -32,7 +32,7 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     """Why a linear [N, K] cannot be held, with the nearest scheme that works; None when it can."""
     if scheme.grid not in FORMS:
         return (f"compressed-tensors does not hold the {scheme.grid} grid of {linear_name}; "
-                "nearest: --format bitsandbytes")
+                f"nearest: --format {'aqlm' if scheme.grid.startswith(('aqlm-', 'lloyd')) else 'bitsandbytes'}")
     if scheme.strategy is None and scheme.group_size != GROUPS[scheme.grid]:
         return (f"compressed-tensors holds {scheme.grid} with group size {GROUPS[scheme.grid]}, not the "
                 f"{scheme.group_size} of {linear_name}; nearest: --group-size {GROUPS[scheme.grid]}")

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from qtool.independent import awq, bitsandbytes, compressed_tensors, fp8, gptq, mlx, modelopt
+from qtool.independent import aqlm, awq, bitsandbytes, compressed_tensors, fp8, gptq, mlx, modelopt
 from qtool.independent.store import Reader, Store
 
 __all__ = ["linears", "values_sha256"]
 FORMATS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "fp8": fp8,
-    "mlx": mlx, "modelopt": modelopt,
+    "mlx": mlx, "modelopt": modelopt, "aqlm": aqlm,
 }
 
 

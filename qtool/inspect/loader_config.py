@@ -57,6 +57,8 @@ TOP: dict[str, dict[str, Kind]] = {
     "fp8": {"activation_scheme": _one_of("dynamic", "static"), "weight_block_size": _or_null(SIDES),
             "modules_to_not_convert": _or_null(TEXTS), "fmt": _one_of("e4m3")},
     "mlx": {"bits": _one_of(2, 3, 4, 5, 6, 8), "group_size": _one_of(32, 64, 128), "mode": _one_of("affine")},
+    "aqlm": {"in_group_size": WHOLE, "out_group_size": WHOLE, "num_codebooks": WHOLE, "nbits_per_codebook": WHOLE,
+             "linear_weights_not_to_quantize": _or_null(TEXTS)},
     "modelopt": {"quant_algo": TEXT, "ignore": TEXTS,
                  "exclude_modules": TEXTS, "group_size": _or_null(WHOLE)},
 }
@@ -207,7 +209,9 @@ COVERED: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], str], boo
     "awq": (("transformers", "vLLM"), _skipped("modules_to_not_convert", True)),
     "bitsandbytes": ((), _skipped("llm_int8_skip_modules", False)),
     "fp8": ((), _skipped("modules_to_not_convert", False)), "modelopt": ((), _excluded),
+    "aqlm": ((), _skipped("linear_weights_not_to_quantize", False)),
 }
 REMEDIES = {"compressed-tensors": "put it into ignore", "gptq": "a rule -: under dynamic",
             "awq": "put it into modules_to_not_convert", "bitsandbytes": "put it into llm_int8_skip_modules",
-            "fp8": "put it into modules_to_not_convert", "modelopt": "put it into ignore"}
+            "fp8": "put it into modules_to_not_convert", "modelopt": "put it into ignore",
+            "aqlm": "put it into linear_weights_not_to_quantize"}

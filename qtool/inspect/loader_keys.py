@@ -1,7 +1,8 @@
 """The tensors of one quantized linear as the programs that load a format look for them.
 
 Written from the loaders' own sources, not from what qtool packs, so that one can be held against the other:
-compressed-tensors 0.17 and 0.20, vLLM 0.32, GPTQModel 7, optimum 2.3, bitsandbytes 0.50, transformers 5.23, mlx-lm.
+compressed-tensors 0.17 and 0.20, vLLM 0.32, GPTQModel 7, optimum 2.3, bitsandbytes 0.50, transformers 5.23, mlx-lm,
+aqlm 1.1.7.
 """
 
 from __future__ import annotations
@@ -123,7 +124,15 @@ def _modelopt(scheme: Scheme, shape: tuple[int, int], there: Container[str]) -> 
             Key("weight_scale_2", ("F32",), one), Key("input_scale", ("F32",), one, needed=False)]
 
 
+def _aqlm(scheme: Scheme, shape: tuple[int, int], there: Container[str]) -> list[Key]:
+    """aqlm-MxB: M codebooks of B bits, each for 8 columns; lloyd4: pairs of columns."""
+    said, _, bits = scheme.grid.removeprefix("aqlm-").partition("x")
+    books, wide, width = (int(said), int(bits), 8) if bits else (1, 8, 2)
+    return [Key("codes", ("I8",) if wide <= 8 else ("I16",), ((shape[0], shape[1] // width, books),)),
+            Key("codebooks", FLOATS, ((books, 1 << wide, 1, width),)), Key("scales", FLOATS, ((shape[0], 1, 1, 1),))]
+
+
 FORMATS: dict[str, Callable[[Scheme, tuple[int, int], Container[str]], list[Key]]] = {
     "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq, "bitsandbytes": _bitsandbytes, "fp8": _fp8,
-    "mlx": _mlx, "modelopt": _modelopt,
+    "mlx": _mlx, "modelopt": _modelopt, "aqlm": _aqlm,
 }

@@ -64,6 +64,7 @@ LOADERS: dict[str, tuple[Loader, ...]] = {
     "fp8": (Loader("transformers", (), _by_128), Loader("vLLM", ("activation_scheme",))),
     "mlx": (Loader("mlx-lm", ("bits", "group_size")),),
     "modelopt": (Loader("vLLM", ("quant_algo",)),),
+    "aqlm": (Loader("transformers", ("num_codebooks", "nbits_per_codebook")),),
 }
 
 

@@ -23,6 +23,7 @@ from qtool.recipe import Strict
 from qtool.tensors import all_finite
 
 CALIBRATED = True
+CODEBOOKS = True
 NEEDS_FLOAT_STREAM = True
 
 

@@ -11,6 +11,7 @@ from qtool.layer import Layer
 from qtool.recipe import Strict
 
 CALIBRATED = False
+CODEBOOKS = True
 ROTATES = True
 
 

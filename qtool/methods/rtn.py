@@ -12,6 +12,7 @@ from qtool.layer import Layer
 from qtool.recipe import Strict
 
 CALIBRATED = False
+CODEBOOKS = True
 
 
 class Options(Strict):

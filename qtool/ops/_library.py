@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from qtool.ops import checks, checks_packed, reference, reference_blocks, reference_levels, reference_packed
+from qtool.ops import (
+    checks,
+    checks_codebooks,
+    checks_packed,
+    reference,
+    reference_blocks,
+    reference_codebooks,
+    reference_levels,
+    reference_packed,
+)
 
 SCHEMAS = {
     "fit_affine": "(Tensor weight, Tensor importance, int group, int bits, bool symmetric, int scale_type, int steps, "
@@ -45,6 +54,10 @@ SCHEMAS = {
     "decode_block": "(Tensor hidden, Tensor[] weights, int[] layout, Tensor cos, Tensor sin, Tensor(a!) keys, "
                     "Tensor(b!) values, int position, int window, float epsilon, float scaling, "
                     "bool rounded) -> Tensor",
+    "refine_codebooks": "(Tensor gradient, Tensor hessian, Tensor old_codes, Tensor scale, Tensor codebooks, "
+                        "Tensor roots, int beam) -> (Tensor, Tensor)",
+    "dequantize_codebooks": "(Tensor codes, Tensor codebooks, Tensor scale) -> Tensor",
+    "sum_codewords": "(Tensor values, Tensor codes, int words) -> Tensor",
     "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
     "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
 }
@@ -98,6 +111,18 @@ def _hidden(hidden, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(hidden)
 
 
+def _refine_codebooks(gradient, hessian, old_codes, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(old_codes), torch.empty_like(gradient)
+
+
+def _dequantize_codebooks(codes, codebooks, scale):  # type: ignore[no-untyped-def]
+    return scale.new_empty((codes.shape[0], codes.shape[1] * checks_codebooks.VECTOR))
+
+
+def _sum_codewords(values, codes, words):  # type: ignore[no-untyped-def]
+    return values.new_empty((codes.shape[2], words, checks_codebooks.VECTOR))
+
+
 def _pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     shape = (checks.words(rows, bits), columns) if transposed else (rows, checks.words(columns, bits))
@@ -115,12 +140,14 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "solve_levels": _pair, "refine_levels": _pair, "fit_blocks": _fit_blocks, "pack_fields": _fields,
     "unpack_fields": _fields, "multiply_int8": _product, "multiply_packed": _multiply_packed,
     "unpack_packed": _unpack_packed, "decode_block": _hidden, "pack_bits": _pack, "unpack_bits": _unpack,
+    "refine_codebooks": _refine_codebooks, "dequantize_codebooks": _dequantize_codebooks,
+    "sum_codewords": _sum_codewords,
 }
 
 
 def _fake(name: str) -> Callable[..., Any]:
     """The op on tensors without data: the same check as before a real call, then the shapes."""
-    check = next(getattr(module, name) for module in (checks_packed, checks) if hasattr(module, name))
+    check = next(getattr(module, name) for module in (checks_packed, checks_codebooks, checks) if hasattr(module, name))
     shapes = SHAPES[name]
 
     def fake(*arguments: Any) -> Any:
@@ -133,7 +160,7 @@ def _fake(name: str) -> Callable[..., Any]:
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _modules = (reference_levels, reference_blocks, reference_packed, reference)
+    _modules = (reference_levels, reference_blocks, reference_packed, reference_codebooks, reference)
     _default = next(getattr(module, _name) for module in _modules if hasattr(module, _name))
     LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtool::{_name}", _fake(_name), lib=LIBRARY)

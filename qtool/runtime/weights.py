@@ -11,6 +11,8 @@ from qtool.tensors import QuantizedTensor
 
 def obstacle(tensor: QuantizedTensor) -> str | None:
     """Why no product with packed weights knows this tensor, or None."""
+    if tensor.codes.dim() != 2:
+        return "additive codebooks"
     columns, groups = tensor.codes.shape[1], tensor.scale.shape[1]
     if groups != 1 and (columns != groups * tensor.group_size or tensor.group_size % 8):
         return f"{groups} groups of {tensor.group_size} for {columns} columns; multiples of 8 are known"
@@ -21,7 +23,8 @@ def pack(tensor: QuantizedTensor) -> PackedWeight:
     """The same values for running; zero points become offsets of their groups (one rounding more, in float32)."""
     scale, offset = tensor.scale, tensor.offset
     if tensor.grid != "affine":
-        return pack_codes(tensor.codes, levels_of(tensor.grid), scale, offset)
+        levels = tensor.extra["levels"].float() if "levels" in tensor.extra else levels_of(tensor.grid)
+        return pack_codes(tensor.codes, levels, scale, offset)
     half = 1 << (tensor.bits - 1)
     if bool((tensor.zero_point != half).any()):
         offset = (half - tensor.zero_point.float()) * scale.float()

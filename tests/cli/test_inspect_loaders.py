@@ -29,6 +29,7 @@ MADE = {
     "awq": ["--method", "rtn", "--format", "awq", "--asymmetric"],
     "mlx": ["--method", "rtn", "--format", "mlx", "--asymmetric"],
     "modelopt": ["--method", "nvfp4", "--format", "modelopt"],
+    "aqlm": ["--method", "aqlm", "--set", "steps.aqlm.rounds=1"],
 }
 
 
@@ -116,6 +117,8 @@ def forget(key: str) -> Change:
     ("fp8-block", forget("activation_scheme"), "no activation_scheme, which vLLM needs"),
     ("nf4", drop("weight.quant_map"), "weight.quant_map: is missing"),
     ("mlx", cut("biases"), "biases: is"),
+    ("aqlm", add("extra"), "extra: no loader of aqlm knows"),
+    ("aqlm", forget("num_codebooks"), "AQLM with 1 codebooks of 8 bits"),
 ])
 def test_faults_are_found_without_a_manifest(name: str, change: Change, message: str, run: Run, tmp_path: Path,
                                              quantized: Callable[[str], Path]) -> None:
@@ -170,6 +173,8 @@ def put(path: str, value: Any) -> Change:
     ("fp8-block", put("modules_to_not_convert", ["embed"]), "lm_head is not quantized"),
     ("modelopt", put("ignore", "lm_head"), "ignore is 'lm_head', not a list of texts"),
     ("mlx", put("mode", 1), "mode is 1, not 'affine'"),
+    ("aqlm", put("linear_weights_not_to_quantize", []), "lm_head is not quantized, but nothing here says so"),
+    ("aqlm", put("linear_weights_not_to_quantize", "lm_head"), "is 'lm_head', not a list of texts or null"),
 ])
 def test_values_that_crash_loaders(name: str, change: Change, message: str, run: Run, tmp_path: Path,
                                    quantized: Callable[[str], Path]) -> None:

@@ -38,7 +38,7 @@ def test_refusals_name_the_linear_the_numbers_and_the_nearest(name: str, scheme:
 
 
 def test_formats_are_found_by_file_name() -> None:
-    assert formats.names() == ["awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "hf", "mlx",
+    assert formats.names() == ["aqlm", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gguf", "gptq", "hf", "mlx",
                                "modelopt"]
     assert formats.load("compressed-tensors").NAME == "compressed-tensors"
     with pytest.raises(RecipeError, match="did you mean 'gptq'"):

@@ -124,7 +124,9 @@ def quantization() -> Seeds:
         "mlx": {"group_size": 32, "bits": 4, "mode": "affine", "model.layers.0.mlp.up_proj": {"bits": 8}},
         "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
                      "exclude_modules": ["lm_head"]},
-        "unknown": {"quant_method": "aqlm", "bits": 2},
+        "aqlm": {"quant_method": "aqlm", "num_codebooks": 2, "nbits_per_codebook": 8, "in_group_size": 8,
+                 "out_group_size": 1},
+        "unknown": {"quant_method": "hqq", "bits": 2},
     }.items():
         yield name, b"\0" + said(value)
         yield f"{name}-less", b"\3" + said(value)

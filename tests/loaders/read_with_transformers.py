@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # GPTQModel's own default fails on two cores
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel would compile a kernel for every shape
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # threads of aqlm's kernel for CPUs add to the same sums at one time
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

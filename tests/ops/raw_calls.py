@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qtool.ops import _library, checks, checks_packed
+from qtool.ops import _library, checks, checks_codebooks, checks_packed
 from tests.ops.test_library import calls
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32,
@@ -80,7 +80,7 @@ def changed(given: Any, random_: random.Random) -> Any:
 
 
 def refused_by_checks(name: str, arguments: tuple[Any, ...]) -> bool:
-    check = next(getattr(module, name) for module in (checks_packed, checks) if hasattr(module, name))
+    check = next(getattr(module, name) for module in (checks_packed, checks_codebooks, checks) if hasattr(module, name))
     by_name = dict(zip(_library.SCHEMAS[name].split(") ->")[0].split(", "), arguments, strict=True))
     given = {words.strip("(").split(" ")[-1]: one for words, one in by_name.items()}
     try:
@@ -90,6 +90,8 @@ def refused_by_checks(name: str, arguments: tuple[Any, ...]) -> bool:
         codes, levels = given.get("codes", given.get("old_codes")), given.get("levels")
         if codes is not None and levels is not None:
             checks.code_values(codes, levels)
+        if codes is not None and "codebook" in name or name == "sum_codewords":
+            checks_codebooks.code_values(codes, given["words"] if "words" in given else given["codebooks"].shape[1])
         if "fields" in given:
             first = given.get("parts", given.get("packed"))
             width, size = (first.shape[1], given["size"]) if "parts" in given else (given["width"], first.shape[1])

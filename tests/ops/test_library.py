@@ -45,6 +45,9 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "pack_fields": (codes, FIELDS, 3), "unpack_fields": (codes[:, :3].contiguous(), FIELDS, 64),
         "multiply_packed": (cases.weights(3, 64), *small.tensors, small.kind, small.rows, small.group, False),
         "unpack_packed": (*small.tensors, small.kind, 64, small.group, 0, 1), "decode_block": block(),
+        "refine_codebooks": (weight, square, *additive(8, 8), torch.eye(8).repeat(8, 1, 1), 3),
+        "dequantize_codebooks": (additive(8, 8)[0], additive(8, 8)[2], additive(8, 8)[1]),
+        "sum_codewords": (weight, additive(8, 8)[0], 16),
         "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
     }
 
@@ -54,6 +57,12 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         return one.to(device) if isinstance(one, torch.Tensor) else one
 
     return {name: tuple(map(there, given)) for name, given in arguments.items()}
+
+
+def additive(rows: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and two codebooks of 16 codewords."""
+    codes = cases.codes(rows, groups * 2, 4).reshape(rows, groups, 2).to(torch.int32)
+    return codes, cases.importance(rows), cases.weights(2 * 16, 8).reshape(2, 16, 8)
 
 
 def block() -> tuple[Any, ...]:

@@ -68,6 +68,17 @@ def test_logits(name: str, quantized: Make) -> None:
     assert_same(path, label)
 
 
+def test_codebooks_are_dense(quantized: Make) -> None:
+    path = quantized("llama", "--method", "aqlm", "--set", "steps.aqlm.rounds=1", "--samples", "4", "--sequence-length",
+                     "32", hidden_size=128)
+    model, source, x = qtool.load(str(path), device="cpu"), decode.open_model(str(path)), torch.randn(3, 128)
+    name = "model.layers.0.mlp.up_proj"
+    assert model.running.dense[name] == "additive codebooks" and not model.running.packed
+    with torch.inference_mode():  # in the model's dtype, as all that no product knows
+        expected = x @ source.read(f"{name}.weight").float().T
+        torch.testing.assert_close(model.get_submodule(name)(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gemma2"])
 def test_families(family: str, quantized: Make) -> None:
     assert_same(quantized(family, *SCHEMES["int4-g32"]), "int4-g32")

@@ -29,7 +29,8 @@ METHODS = {
     "w8a8": ["w8a8", *TEXT], "rotate+gptq": ["rotate+gptq", "--group-size", "32", *TEXT], "fp8": ["fp8"],
     "fp8-static": ["fp8-static", *TEXT], "nvfp4": ["nvfp4", *TEXT], "mxfp4": ["mxfp4", *TEXT], "nf4": ["nf4"],
     "nf4-gptq": ["nf4-gptq", *TEXT], "llm-int8": ["llm-int8"], "q4_0": ["q4_0", *TEXT],
-    "q4_k_m": ["q4_k_m", *TEXT], "budget": ["gptq", "--budget", "4.5", *TEXT],
+    "q4_k_m": ["q4_k_m", *TEXT], "aqlm": ["aqlm", "--set", "steps.aqlm.rounds=2", *TEXT],
+    "budget": ["gptq", "--budget", "4.5", *TEXT],
 }
 RESCALING = ("awq", "awq+gptq", "smoothquant", "rotate+gptq")
 

@@ -70,6 +70,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str,
     return {
         "gptq": Case(("quantize", str(model), *SMALL, "--out", "{out}")),
         "gptq of 2 blocks": Case(("quantize", str(small), "--group-size", "32", *few, "--out", "{out}")),
+        "aqlm": Case(("quantize", str(small), "--method", "aqlm", *few, "--out", "{out}")),
         "rtn": Case(("quantize", str(model), "--method", "rtn", "--group-size", "32", "--out", "{out}")),
         "several outputs": Case(("quantize", str(small), "--recipe", str(place / "recipe.yaml"), "--out", "{out}")),
         "budget": Case(("quantize", str(small), *BUDGET, "--out", "{out}")),
@@ -95,8 +96,9 @@ def blocks_found(said: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "times"), [
-    ("gptq", 20), ("rtn", 5), ("several outputs", 4), ("budget", 4), ("redo", 4), ("to gptq", 2), ("to hf", 2),
-    ("to mlx", 2), ("to onnx", 2), ("to gguf", 2), ("gguf to gguf", 2), ("to nf4", 2), ("to imatrix", 3)])
+    ("gptq", 20), ("aqlm", 3), ("rtn", 5), ("several outputs", 4), ("budget", 4), ("redo", 4), ("to gptq", 2),
+    ("to hf", 2), ("to mlx", 2), ("to onnx", 2), ("to gguf", 2), ("gguf to gguf", 2), ("to nf4", 2),
+    ("to imatrix", 3)])
 def test_killed_at_random_moments(name: str, times: int, cases: dict[str, Case], zygote: Zygote,
                                   tmp_path: Path) -> None:
     """Drawn over the work, not over the imports; a kill that comes too late is drawn again."""

@@ -40,6 +40,7 @@ FREE = {  # the name of the output -> the command; what computes on no text
 ON_TEXT = {
     "gptq": ("quantize", "{model}", *SMALL),
     "awq": ("quantize", "{model}", "--method", "awq", *SMALL),
+    "aqlm": ("quantize", "{model}", "--method", "aqlm", *FEW),
     "several": ("quantize", "{model}", "--recipe", "{recipe}"),
     "budget": ("quantize", "{model}", "--method", "gptq-fast", "--budget", "5.0", *SMALL[2:]),
     "imatrix.gguf": ("export", "{model}", "--to", "imatrix", *FEW),
