@@ -18,6 +18,7 @@ from qtool.recipe import Strict
 
 CALIBRATED = True
 NEEDS_FLOAT_STREAM = True
+CODEBOOKS = True  # codes stay, whatever they are codes of
 LEARNS = "model"
 
 

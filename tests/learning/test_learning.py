@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qtool import decode, flags, html_report, inspect, learned, manifest, redo
+from qtool import decode, flags, html_report, inspect, learned, manifest, recipe, redo
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import PlanError
 from qtool.models import calibration
@@ -57,9 +57,9 @@ def test_two_runs_are_equal_byte_for_byte(what: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def divergence(model: Path, out: Path, recipe: dict[str, Any]) -> float:
+def divergence(model: Path, out: Path, made_by: dict[str, Any]) -> float:
     """Of the finished output from the original, on the held-out samples, by transformers' own forward pass."""
-    spec = recipe["calibration"]
+    spec = made_by["calibration"]
     ids = calibration.load_tokens(Calibration.model_validate(spec), model, spec["samples"], tiny.VOCABULARY).ids
     held = ids[len(ids) - round(spec["samples"] * spec["held_out"]):]
     logs = []
@@ -92,6 +92,19 @@ def test_the_files_have_the_divergence_that_learning_ended_with(family: str, wha
     assert best < curve[0]["held_out"] and made["learned"]["kept_step"] > 0
     assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=2e-3)
     assert all(layer["relative_error"] is None and layer["weight_error"] > 0 for layer in made["layers"])
+    assert not faults(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["aqlm", "lloyd4"])
+def test_codebooks_learn_too(method: str, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama")
+    steps = [*(next(iter(step)) for step in recipe.preset(method).steps)]
+    made = quantize(model, tmp_path / "out", method, scheme__group_size=recipe.preset(method).scheme.group_size,
+                    steps=[*steps, {"tune": {"tokens": 128}}, {"distill": {"tokens": 128, "rate": 0.003}}],
+                    calibration__samples=24, calibration__held_out=0.25)
+    assert any(layer["tuned"][0]["kept_step"] > 0 for layer in made["layers"])
+    best = min(point["held_out"] for point in made["learned"]["curve"])
+    assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=2e-3)
     assert not faults(tmp_path / "out")
 
 
