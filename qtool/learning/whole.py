@@ -18,11 +18,10 @@ from typing import Any, Protocol
 
 import torch
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qtool.errors import NumericalError
 from qtool.learning import weights
-from qtool.learning.block import adam
+from qtool.learning.block import adam, ordered_attention
 from qtool.models import blocks
 from qtool.models.blocks import BlockArguments, Read
 from qtool.models.skeleton import Skeleton
@@ -185,7 +184,7 @@ class Chain:
         moves, begin = self._leaves(index, rows[NOW]), part.begin()
         block = self._block(index, part)
         before = []
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), ordered_attention(setting.device):
             made = weights.parameters(begin, moves)
             leaves = {path: tensor.detach().to(setting.dtype).requires_grad_() for path, tensor in made.items()}
             for entrance, slope in zip(self._kept(index, batches), slopes, strict=True):

@@ -41,6 +41,8 @@ outputs:
   - {name: int8, scheme: {bits: 8, group_size: 64}, steps: [gptq], format: gptq}
 """
 BUDGET = ("--method", "gptq-fast", "--budget", "5.0", "--samples", "8", "--sequence-length", "32")
+QAT = ("--samples", "12", "--sequence-length", "32", "--set", "steps.distill.epochs=4", "--set",
+       "steps.distill.tokens=64")
 REDO = ("--redo", "model.layers.1.*", "--redo", "*.2.mlp.*", "--bits", "8", "--out", "{out}")
 
 
@@ -71,6 +73,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> dict[str,
         "gptq": Case(("quantize", str(model), *SMALL, "--out", "{out}")),
         "gptq of 2 blocks": Case(("quantize", str(small), "--group-size", "32", *few, "--out", "{out}")),
         "aqlm": Case(("quantize", str(small), "--method", "aqlm", *few, "--out", "{out}")),
+        "qat": Case(("quantize", str(small), "--method", "qat", "--group-size", "32", *QAT, "--out", "{out}")),
         "rtn": Case(("quantize", str(model), "--method", "rtn", "--group-size", "32", "--out", "{out}")),
         "several outputs": Case(("quantize", str(small), "--recipe", str(place / "recipe.yaml"), "--out", "{out}")),
         "budget": Case(("quantize", str(small), *BUDGET, "--out", "{out}")),
@@ -96,8 +99,8 @@ def blocks_found(said: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "times"), [
-    ("gptq", 20), ("aqlm", 3), ("rtn", 5), ("several outputs", 4), ("budget", 4), ("redo", 4), ("to gptq", 2),
-    ("to hf", 2), ("to mlx", 2), ("to onnx", 2), ("to gguf", 2), ("gguf to gguf", 2), ("to nf4", 2),
+    ("gptq", 20), ("aqlm", 3), ("qat", 6), ("rtn", 5), ("several outputs", 4), ("budget", 4), ("redo", 4),
+    ("to gptq", 2), ("to hf", 2), ("to mlx", 2), ("to onnx", 2), ("to gguf", 2), ("gguf to gguf", 2), ("to nf4", 2),
     ("to imatrix", 3)])
 def test_killed_at_random_moments(name: str, times: int, cases: dict[str, Case], zygote: Zygote,
                                   tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ ON_TEXT = {
     "gptq": ("quantize", "{model}", *SMALL),
     "awq": ("quantize", "{model}", "--method", "awq", *SMALL),
     "aqlm": ("quantize", "{model}", "--method", "aqlm", *FEW),
+    "qat": ("quantize", "{model}", "--method", "qat", "--group-size", "32", *FEW, "--set", "steps.distill.tokens=64"),
     "several": ("quantize", "{model}", "--recipe", "{recipe}"),
     "budget": ("quantize", "{model}", "--method", "gptq-fast", "--budget", "5.0", *SMALL[2:]),
     "imatrix.gguf": ("export", "{model}", "--to", "imatrix", *FEW),
