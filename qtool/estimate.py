@@ -86,13 +86,15 @@ def temporary(work: Work) -> dict[str, int]:
 
     resume: the stream at the entrance of a block and, before that is removed, of the next.  spilled: the streams past
     memory_budget_gb.  parts: inputs and outputs of the parts of a block.  search: of a budget, before the blocks.
+    learning: the state of distill, as it was saved, as it is being saved, and itself where it is larger than its share.
     """
     resume = 2 * _stream(work) * work.streams if work.calibrated and len(work.skeleton.blocks) > 1 else 0
     spilled = _stream(work) * work.streams - _held(work) if work.calibrated else 0
     parts = _kept(work) if work.calibrated else 0
     search = _search(work)["search_files"] if work.recipe.search_samples else 0
+    learning = 3 * _state(work) if work.distilling else 0
     return {"resume": resume, "spilled": spilled, "parts": parts, "search": search,
-            "peak": max(resume + spilled + parts, search)}
+            **({"learning": learning} if learning else {}), "peak": max(resume + spilled + parts + learning, search)}
 
 
 def _memory(work: Work, base: int) -> dict[str, int]:
@@ -215,6 +217,12 @@ def _learning(stage: Stage, work: Work) -> int:
     return elements * (8 + 1 + 12 + (28 if work.latent else 0)) + measures + _backward(work)
 
 
+def _state(work: Work) -> int:
+    """What distill learns, with Adam's means and the best: four float32 of a latent weight, or of about every scale."""
+    weights = sum(one.shape[0] * one.shape[1] for stage in work.stages for one in stage.linears)
+    return weights * 16 if work.latent else weights // 2
+
+
 def _distilling(work: Work) -> int:
     """Of learning on the whole model (learning/whole.py): codes, moves and what enters each block of a step, in memory
     within their shares of the budget; a block with its slopes; the head's logits, the original's and both slopes."""
@@ -222,7 +230,7 @@ def _distilling(work: Work) -> int:
     elements = [sum(one.shape[0] * one.shape[1] for one in stage.linears) for stage in blocks]
     budget, largest, total = int(work.recipe.memory_budget_gb * 1e9), max(elements), sum(elements)
     held = total * (5 if work.latent else 1)
-    state = total * 16 if work.latent else total // 16
+    state = _state(work)
     entering = (len(blocks) + 1) * work.distilling * work.skeleton.hidden * work.compute_dtype.itemsize
     kept = sum(size for size, share in ((held, budget // 2), (state, budget // 4), (entering, budget // 4))
                if size <= share)

@@ -66,7 +66,8 @@ NEEDS = {"runtime": "program", "tensor": "largest tensor", "stream": "activation
          "statistics": "statistics of its inputs", "solve": "solving, with statistics", "forward": "a batch in a block",
          "read_ahead": "the next block, as read", "embedding": "embedding", "outside": "embedding or head, quantized",
          "trial": "trying rotations", "search": "search for schemes", "resume": "activations, to go on after a kill",
-         "spilled": "activations past memory_budget_gb", "parts": "inputs and outputs of parts of a block"}
+         "spilled": "activations past memory_budget_gb", "parts": "inputs and outputs of parts of a block",
+         "learning": "learning", "distilling": "learning on the whole model"}
 
 
 def needs(data: Mapping[str, Any]) -> RenderableType:
