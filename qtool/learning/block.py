@@ -1,8 +1,9 @@
 """Training one block so that its output comes close to the unquantized block's (AutoRound's and EfficientQAT's loss).
 
-The loss of a token is |y - t|² / (mean of |t - x|² over the batch), with t the output of the unquantized block on what
-the unquantized model gives it, x that input: how far the block is off, in units of what it does. Tokens whose error is
-much larger than the mean's count as CLIP of it: a few tokens carry activations that are thousands of times the others'.
+The loss of a token is |y - t|² / (median of |t - x|² over the batch), with t the output of the unquantized block on
+what the unquantized model gives it, x the input of the quantized one: how far the block is off, in units of what it
+does. Tokens whose error is larger than `clip` times the mean count as that: a few tokens carry activations that are
+thousands of times the others'.
 """
 
 from __future__ import annotations

@@ -32,8 +32,10 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Learner:
-    """What is learned of one stage of the plan: a block, or what follows the blocks. scales, gains, rounding: as in the
-    step's options.  original: reads the unquantized model.  budget: bytes of memory for what would be read again."""
+    """What is learned of one stage of the plan: a block, or what follows the blocks.
+
+    original: reads the unquantized model.  options: the step's.  keep: whether what it begins with stays in memory.
+    """
 
     plan: Plan
     stage: Stage

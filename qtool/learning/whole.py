@@ -161,17 +161,16 @@ class Chain:
         for index, part in enumerate(self.parts[:-1]):
             if keep:
                 self._keep(index, hidden)
-            block = self._block(index, part)
+            moves = self.shelf.views(index, self.shelf.rows(index)[NOW])
+            block = self._block(index, part, weights.parameters(part.begin(), moves))
             hidden = [block_output(block, self.setting.arguments, index, one) for one in hidden]
         return hidden
 
-    def _block(self, index: int, part: Part) -> torch.nn.Module:
-        """With its parameters as they are now."""
-        begin, setting = part.begin(), self.setting
+    def _block(self, index: int, part: Part, made: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """With these parameters, by path, the others as they are stored."""
+        setting = self.setting
         prefix = setting.skeleton.blocks[index] + "."
-        moves = self.shelf.views(index, self.shelf.rows(index)[NOW])
-        made = weights.parameters(begin, moves)
-        named = {setting.skeleton.source(prefix + path): tensor for path, tensor in made.items()}
+        named = {setting.skeleton.source(prefix + path): tensor.detach() for path, tensor in made.items()}
         return blocks.load_block(setting.skeleton, index,
                                  lambda name: named[name] if name in named else part.read(name),
                                  setting.device, setting.dtype)
@@ -182,11 +181,11 @@ class Chain:
         setting, part = self.setting, self.parts[index]
         rows = self.shelf.rows(index)
         moves, begin = self._leaves(index, rows[NOW]), part.begin()
-        block = self._block(index, part)
         before = []
         with torch.enable_grad(), ordered_attention(setting.device):
             made = weights.parameters(begin, moves)
             leaves = {path: tensor.detach().to(setting.dtype).requires_grad_() for path, tensor in made.items()}
+            block = self._block(index, part, made)
             for entrance, slope in zip(self._kept(index, batches), slopes, strict=True):
                 entrance.requires_grad_()
                 args, kwargs = setting.arguments.for_block(index, len(entrance))
