@@ -151,8 +151,8 @@ def _near(random: Random, value: Any) -> Any:
     if isinstance(value, (int, float)):
         return random.choice((value + 1, value - 1, -value, value * 2, str(value), float(value), [value]))
     if isinstance(value, str):
-        return random.choice((value + "x", value[:-1], value.upper(), [value], {value: value}, value * 3))
-    return random.choice((_Pairs(reversed(value)) if isinstance(value, _Pairs) else value[::-1], [], str(len(value))))
+        return random.choice((value + "x", value[:-1], value.upper(), [value], _Pairs([(value, value)]), value * 3))
+    return random.choice((type(value)(reversed(value)), [], str(len(value))))
 
 
 def _dumped(tree: Any) -> str:

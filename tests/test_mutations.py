@@ -345,6 +345,12 @@ def attempts(attempt: Callable[[Samples, Random, Path], None], count: int, sampl
     once()
 
 
+def test_a_document_survives_many_changes() -> None:
+    """The damage itself never fails, however often one tree is changed."""
+    for seed in range(300):
+        assert isinstance(mutations.document(Random(seed), {"a": {"b": "c", "d": [1, None, 2.5]}}, changes=40), bytes)
+
+
 @pytest.mark.parametrize("name", PARSERS)
 def test_damage_is_refused_or_harmless(name: str, samples: Samples, tmp_path: Path) -> None:
     attempt, count, _ = PARSERS[name]
