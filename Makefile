@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := demo
 FUZZ_SECONDS := 60
+# Of `make test`; each has one thread.
+WORKERS ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
@@ -36,7 +38,7 @@ browser:
 		{ apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } > /dev/null 2>&1 || true; fi
 
 test: $(READY) browser  ## the tests (no network, no GPU)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-loaders: $(READY)  ## open what qtool writes in other programs, each in a venv of its own
 	bash loaders/setup.sh aqlm gptqmodel llamacpp mlx onnx vllm

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What learning adds at each width, on one model: the rows of benchmarks/results/learned.md.
-#   bash benchmarks/learned.sh DATA MODEL [ROW...]     rows: solver refine tune distill qat aqlm (all)
-# DATA and MODEL: see run.sh. BITS (4 3 2), SAMPLES and WINDOWS are read from the environment. What lies in WORK stays and
-# is not made again.
+#   bash benchmarks/learned.sh DATA MODEL [ROW...]
+# rows: solver refine tune distill qat aqlm (all of qtool's), autoround hqq (in a venv of their own, .venv-autoround).
+# DATA and MODEL: see run.sh. BITS (4 3 2), SAMPLES, WINDOWS and ITERS (AutoRound's, 200) are read from the environment. What
+# lies in WORK stays and is not made again. Groups of 64: symmetric at 4 bits, with zero points at 3 and 2, for all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${1:?usage: learned.sh DATA MODEL [ROW...]}
@@ -12,9 +13,16 @@ ROWS=${*:-solver refine tune distill qat aqlm}
 BITS=${BITS:-4 3 2}
 SAMPLES=${SAMPLES:-128}
 WINDOWS=${WINDOWS:-60}
+ITERS=${ITERS:-200}
+PEER=${PEER:-.venv-autoround/bin/python}
 WORK=${WORK:-bench-work/learned}
 PYTHON=${PYTHON:-.venv/bin/python}
 mkdir -p "$WORK"
+case $ROWS in *autoround*|*hqq*) if [ ! -e "$PEER" ]; then
+  python3 -m venv .venv-autoround
+  .venv-autoround/bin/python -m pip install -q torch==2.13.0 numpy
+  .venv-autoround/bin/python -m pip install -q torch==2.13.0 auto-round==0.16.1 hqq==0.2.8
+fi ;; esac
 LABELS=()
 
 measure() {  # label, command...
@@ -22,7 +30,10 @@ measure() {  # label, command...
   [ -e "$WORK/$1" ] || "$PYTHON" benchmarks/measure.py "$WORK" "$@"
 }
 quantize() {  # label, bits, steps as YAML
+  local symmetric=true
+  [ "$2" -ge 4 ] || symmetric=false
   measure "$1" "$PYTHON" -m qtool quantize "$MODEL" --json --out "$WORK/$1" --method gptq --bits "$2" --group-size 64 \
+    --set "scheme.symmetric=$symmetric" \
     --calibration "$DATA/wikitext2-valid.txt" --samples "$SAMPLES" --sequence-length 512 --set "steps=$3"
 }
 SOLVER='{asymmetric: {share: 0.125}}, gptq'
@@ -39,6 +50,12 @@ for bits in $BITS; do
                 --set "scheme.grid=aqlm-${bits}x8" --set "scheme.bits=$bits" --calibration "$DATA/wikitext2-valid.txt" \
                 --samples "$SAMPLES" --sequence-length 512
             fi ;;
+      autoround) [ -e "$WORK/ids.safetensors" ] || "$PYTHON" benchmarks/calibration_ids.py "$MODEL" \
+                   "$DATA/wikitext2-valid.txt" "$WORK/ids.safetensors" --samples "$SAMPLES"
+                 zero=; [ "$bits" -ge 4 ] || zero=--asymmetric
+                 measure "autoround-$bits" "$PEER" benchmarks/peer_autoround.py "$MODEL" "$WORK/autoround-$bits" \
+                   "$WORK/ids.safetensors" --bits "$bits" --iters "$ITERS" $zero ;;
+      hqq) measure "hqq-$bits" "$PEER" benchmarks/peer_hqq.py "$MODEL" "$WORK/hqq-$bits" --bits "$bits" ;;
       *) echo "learned.sh: unknown row $row" >&2; exit 2 ;;
     esac
   done

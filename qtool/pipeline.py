@@ -52,12 +52,13 @@ from qtool.learning.distill import after_distilling, distill, distilled
 from qtool.learning.tune import tune
 from qtool.models import blocks, calibration
 from qtool.outliers import outlier_notes
+from qtool.packing import write_linear
 from qtool.plan import Plan, with_schemes
 from qtool.records import Solved
 from qtool.rescale import rescale
 from qtool.stages import LinearPlan, Stage, one_scale, same_scheme
 from qtool.stream import Stream
-from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, QuantizedTensor, all_finite
+from qtool.tensors import FLOATING, INPUT_SCALE, CalibrationStats, all_finite
 from qtool.workspace import Workspace, already
 
 EMPTY: Mapping[str, torch.Tensor] = {}
@@ -295,7 +296,7 @@ def settle(job: Job, solved: Solved, block: torch.nn.Module | None = None) -> di
     """Write a linear, check what was written, put it into the block; what the manifest tells of it."""
     dense = decoded(solved)
     record = records.of_linear(job.plan, solved, dense)
-    record["values_sha256"] = _write_linear(job, solved.linear, solved.quantized, dense)
+    record["values_sha256"] = write_linear(job.plan, job.writer, solved.linear, solved.quantized, dense)
     if block is not None:
         put(block, job.plan, solved.linear, dense)
     job.progress.linear(solved.linear.name, record["relative_error"])
@@ -306,20 +307,6 @@ def decoded(solved: Solved) -> torch.Tensor:
     """float32 [N, K]."""
     made: torch.Tensor = found.load("grids", solved.linear.scheme.grid).decode(solved.quantized)
     return made
-
-
-def _write_linear(job: Job, linear: LinearPlan, quantized: QuantizedTensor, dense: torch.Tensor) -> str:
-    """Pack and write one linear, then decode what the file really has, hold it against what was meant; its digest."""
-    here = torch.device("cpu")
-    quantized = quantized.to(here)
-    for name, tensor in job.plan.format.pack(linear.stored, quantized, job.plan.model_dtype).items():
-        job.writer.write(name, tensor)
-    stored = job.plan.format.unpack(linear.stored, job.writer.read_back, linear.scheme, linear.shape)
-    again: torch.Tensor = found.load("grids", linear.scheme.grid).decode(stored)
-    if not torch.equal(again, dense.to(here)):
-        raise VerificationError(f"{linear.stored}: what was read back from {job.writer.folder} differs from what was "
-                                "written; the disk or the memory of this machine may be faulty")
-    return digests.of_values(again)
 
 
 def _copy(job: Job, name: str, weights: dict[str, torch.Tensor]) -> None:

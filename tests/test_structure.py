@@ -23,7 +23,7 @@ RANKS = {
     "journal": 5, "manifest_schema": 5, "workspace": 6, "outside": 6, "stream": 6, "rescale": 6, "outliers": 6,
     "card": 6, "report": 6, "sensitivity": 6, "heatmap": 6, "records": 6,
     "container": 6, "onnx_graph": 6, "transfer": 6, "footprint": 6, "report_eval": 6, "runtime": 6,
-    "pipeline": 7, "inspect": 7, "html_report": 7, "evaluate": 7, "export": 7, "export_gguf": 7, "export_onnx": 7,
+    "pipeline": 7, "packing": 6, "inspect": 7, "html_report": 7, "evaluate": 7, "export": 7, "export_gguf": 7, "export_onnx": 7,
     "export_imatrix": 7, "gguf_codes": 6, "arithmetic": 6,
     "processes": 1, "lock": 1, "on_ray": 6, "outputs": 6, "prepare": 6, "jobs": 7, "push": 7,
     "requantize": 8, "inspecting": 8, "evaluating": 8, "console": 8, "exports": 8, "options": 8, "flags": 7, "cli": 9,

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from qtool import digests, found, quality, records
+from qtool import found, quality, records
 from qtool.container import Writer
-from qtool.errors import VerificationError
 from qtool.learning import weights, whole
 from qtool.models import blocks
 from qtool.models.calibration import CalibrationTokens
 from qtool.models.streams import StreamStore
+from qtool.packing import write_linear
 from qtool.plan import Plan
 from qtool.stages import LinearPlan, Stage
 from qtool.stream import Stream
@@ -142,17 +142,12 @@ def write(learner: Learner, moves: Mapping[str, torch.Tensor]) -> list[dict[str,
     for path, name in learner.gains().items():
         learner.writer.write(name, gains[path].cpu())
     for linear in learner.stage.linears:
-        tensor, path = tensors[learner.path(linear)].to(torch.device("cpu")), learner.path(linear)
-        for name, part in plan.format.pack(linear.stored, tensor, plan.model_dtype).items():
-            learner.writer.write(name, part)
-        grid = found.load("grids", tensor.grid)
-        dense, again = grid.decode(tensor), grid.decode(learner.quantized(linear).to(torch.device("cpu")))
-        if not torch.equal(dense, again):
-            raise VerificationError(f"{path}: what was read back differs from what was learned; the disk or the memory "
-                                    "of this machine may be faulty")
+        tensor = tensors[learner.path(linear)].to(torch.device("cpu"))
+        dense = found.load("grids", tensor.grid).decode(tensor)
+        digest = write_linear(plan, learner.writer, linear, tensor, dense)
         weight = learner.original(linear.stored + ".weight").float().cpu()
         error = quality.weight_error(weight, weight - dense)
-        made.append({"name": linear.name, "values_sha256": digests.of_values(again), "relative_error": None,
+        made.append({"name": linear.name, "values_sha256": digest, "relative_error": None,
                      "weight_error": records.short(error), "sqnr_db": records.short(quality.sqnr_db(error))})
     return made
 
