@@ -32,14 +32,14 @@ class Options(Strict):
 
     share: float = Field(1.0, ge=1.0, le=1.0)
     epochs: int = Field(1, ge=1, le=1000)
-    tokens: int = Field(2048, ge=1)
+    tokens: int = Field(1024, ge=1)
     budget_tokens: int | None = Field(None, ge=1)
     minutes: float | None = Field(None, gt=0)
     scales: bool = True
     gains: bool = True
     rounding: Literal["frozen", "weights"] = "frozen"
-    rate: float = Field(0.001, gt=0.0, le=1.0)
-    gain_rate: float = Field(0.001, gt=0.0, le=1.0)
+    rate: float = Field(0.002, gt=0.0, le=1.0)
+    gain_rate: float = Field(0.002, gt=0.0, le=1.0)
     weight_rate: float = Field(0.003, gt=0.0, le=1.0)
     warmup: float = Field(0.05, ge=0.0, le=1.0)
     checks: int = Field(4, ge=1)

@@ -31,12 +31,12 @@ class Options(Strict):
 
     share: float = Field(1.0, gt=0.0, le=1.0)
     epochs: int = Field(2, ge=1, le=1000)
-    tokens: int = Field(2048, ge=1)
+    tokens: int = Field(512, ge=1)
     scales: bool = True
     gains: bool = True
     rounding: Literal["frozen", "offset", "weights"] = "frozen"
-    rate: float = Field(0.002, gt=0.0, le=1.0)
-    gain_rate: float = Field(0.002, gt=0.0, le=1.0)
+    rate: float = Field(0.003, gt=0.0, le=1.0)
+    gain_rate: float = Field(0.003, gt=0.0, le=1.0)
     offset_rate: float = Field(0.01, gt=0.0, le=1.0)
     weight_rate: float = Field(0.01, gt=0.0, le=1.0)
     patience: int = Field(4, ge=1)
