@@ -15,13 +15,27 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, digests, footprint, formats, found, gguf_codes, heap, inspect, manifest, storage, transfer
+from qtool import (
+    card,
+    digests,
+    footprint,
+    formats,
+    found,
+    gguf_codes,
+    heap,
+    inspect,
+    manifest,
+    repacking,
+    storage,
+    transfer,
+)
 from qtool.ahead import ahead
 from qtool.checkpoint.reader import refuse_non_finite
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
 from qtool.recipe import Scheme
+from qtool.repacking import Route
 from qtool.resuming import SOME, WRITTEN, resumed, unwritten
 from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec, all_finite, same_bits
 from qtool.workspace import Workspace, recover, refuse_existing
@@ -201,16 +215,39 @@ def _write(job: Export, work: Workspace, writer: ShardWriter, names: Sequence[st
                 _store(job, writer, piece, next(made))
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """A linear as the source has it, and packed as the target has it.
+
+    route, words: how its codes go over as words, and these as the source has them; None where they are in `quantized`.
+    """
+
+    quantized: QuantizedTensor
+    packed: dict[str, torch.Tensor]
+    route: Route | None
+    words: torch.Tensor | None
+
+
+def _read_linear(job: Export, linear: str) -> _Linear:
+    scheme = job.schemes[linear]
+    route = job.source.route(linear, job.target, scheme)
+    quantized = job.source.read_quantized(linear, route.source if route else None)
+    if found.load("grids", scheme.grid).FREE_SCALES:
+        quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
+    quantized = replace(quantized, symmetric=scheme.symmetric)
+    packed = job.target.pack(linear, quantized, job.transfer.dtype)
+    if route is None:
+        return _Linear(quantized, packed, None, None)
+    words = job.source.checkpoint.read(route.source)
+    packed[route.target] = route.repacked(words, packed[route.target].dtype)
+    return _Linear(quantized, packed, route, words)
+
+
 @torch.inference_mode()
 def _read(job: Export, piece: _Piece) -> Any:
-    """Of a linear the codes and scales, and the same in the target's layout; else the tensor, or its rows."""
+    """A linear, a tensor, or rows of it."""
     if piece.linear is not None:
-        quantized = job.source.read_quantized(piece.linear)
-        scheme = job.schemes[piece.linear]
-        if found.load("grids", scheme.grid).FREE_SCALES:
-            quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
-        quantized = replace(quantized, symmetric=scheme.symmetric)
-        return quantized, job.target.pack(piece.linear, quantized, job.transfer.dtype)
+        return _read_linear(job, piece.linear)
     if piece.rows is None:
         return refuse_non_finite(job.source.origin, piece.name, job.source.read(piece.name))
     rows = job.source.read_rows(piece.name, *piece.rows)
@@ -222,12 +259,13 @@ def _read(job: Export, piece: _Piece) -> Any:
 def _store(job: Export, writer: ShardWriter, piece: _Piece, made: Any) -> None:
     """Write a piece; then what lies in the file against the source."""
     if piece.linear is not None:
-        quantized, packed = made
-        for name, tensor in packed.items():
+        for name, tensor in made.packed.items():
             writer.write(name, tensor)
-        shape = job.source.specs[piece.name].shape
-        again = job.target.unpack(piece.linear, writer.read_back, job.schemes[piece.linear], shape)
-        if not _same(quantized, again):
+        back = {name: writer.read_back(name) for name in made.packed}
+        read = repacking.without(back, made.route.target if made.route else None)
+        again = job.target.unpack(piece.linear, read, job.schemes[piece.linear], job.source.specs[piece.name].shape)
+        if not (_same(made.quantized, again) and (made.route is None
+                                                  or made.route.same(made.words, back[made.route.target]))):
             raise VerificationError(f"{piece.linear}: its values in {writer.folder} differ from those in "
                                     f"{job.source.origin}; the disk or the memory of this machine may be faulty")
         return
@@ -243,8 +281,8 @@ def _store(job: Export, writer: ShardWriter, piece: _Piece, made: Any) -> None:
 
 
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
-    """Whether codes, zero points and scales are equal, and so every value that they stand for."""
-    if not (one.codes.shape == other.codes.shape and same_bits(one.codes, other.codes)):
+    """Whether codes (if they have data), zero points and scales are equal, and so every value that they stand for."""
+    if one.codes.shape != other.codes.shape or not (one.codes.is_meta or same_bits(one.codes, other.codes)):
         return False
     pairs = [(one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
              (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1), other.extra.get(INPUT_SCALE, NONE).float())]
