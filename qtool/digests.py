@@ -31,10 +31,10 @@ def of_folder(folder: Path, elsewhere: Mapping[str, Places] | None = None,
     files, tensors = {}, dict[str, str]()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in SCRATCH and not path.name.startswith(STREAM):
-            length, *found = (known or {}).get(path.name, (-1, "", {}))
+            length, whole, inside = (known or {}).get(path.name, (-1, "", {}))
             if length != path.stat().st_size:
-                found = [*of_file(path, (elsewhere or {}).get(path.name) or places(path))]
-            files[path.name], inside = found
+                whole, inside = of_file(path, (elsewhere or {}).get(path.name) or places(path))
+            files[path.name] = whole
             tensors |= inside
     return {"outputs": files, "tensors": tensors}
 

@@ -225,11 +225,11 @@ class _Checked:
 
 def _write(job: Export, work: Workspace, checked: _Checked, names: Sequence[str], step: inspect.Step) -> None:
     """Write all tensors that are not there yet. The next one is read and packed while one is written and compared."""
-    writer = checked.writer
     first = len(names) if WRITTEN in work.finished else work.finished.get(SOME, {}).get("count", 0)
     pieces = (piece for name in names[first:] for piece in _pieces(job, name))
-    with ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
-        for done, name in unwritten(work, names, lambda name: job.source.specs[name].nbytes, writer.sync):
+    left = unwritten(work, names, lambda name: job.source.specs[name].nbytes, checked.writer.sync)
+    with left as named, ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
+        for done, name in named:
             step(done, len(names), name)
             for piece in _pieces(job, name):
                 _store(job, checked, piece, next(made))
@@ -280,24 +280,30 @@ def _store(job: Export, checked: _Checked, piece: _Piece, made: Any) -> None:
     """Write a piece; then what lies in the file against the source."""
     writer = checked.writer
     if piece.linear is not None:
-        for name, tensor in made.packed.items():
-            writer.write(name, tensor)
-        back = {name: checked.read_back(name) for name in made.packed}
-        read = repacking.without(back, made.route.target if made.route else None)
-        again = job.target.unpack(piece.linear, read, job.schemes[piece.linear], job.source.specs[piece.name].shape)
-        if not (_same(made.quantized, again) and (made.route is None
-                                                  or made.route.same(made.words, back[made.route.target]))):
-            raise VerificationError(f"{piece.linear}: its values in {writer.folder} differ from those in "
-                                    f"{job.source.origin}; the disk or the memory of this machine may be faulty")
+        _store_linear(job, checked, piece, made)
         return
     if piece.rows is None:
         writer.write(piece.name, made)
     else:
         writer.write_rows(piece.name, piece.rows[0], made)
-    back = checked.read_back(piece.name, piece.rows)
-    if not same_bits(back, made):
+    if not same_bits(checked.read_back(piece.name, piece.rows), made):
         raise VerificationError(f"{piece.name}: what was read back from {writer.folder} differs from what was written; "
                                 "the disk or the memory of this machine may be faulty")
+
+
+def _store_linear(job: Export, checked: _Checked, piece: _Piece, made: _Linear) -> None:
+    assert piece.linear is not None
+    for name, tensor in made.packed.items():
+        checked.writer.write(name, tensor)
+    back = {name: checked.read_back(name) for name in made.packed}
+    read = repacking.without(back, made.route.target if made.route else None)
+    again = job.target.unpack(piece.linear, read, job.schemes[piece.linear], job.source.specs[piece.name].shape)
+    same = _same(made.quantized, again)
+    if made.route is not None and made.words is not None:
+        same = same and made.route.same(made.words, back[made.route.target])
+    if not same:
+        raise VerificationError(f"{piece.linear}: its values in {checked.writer.folder} differ from those in "
+                                f"{job.source.origin}; the disk or the memory of this machine may be faulty")
 
 
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:

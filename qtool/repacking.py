@@ -46,7 +46,7 @@ def route(linear_name: str, scheme: Scheme, shape: tuple[int, ...], source: Modu
     """
     if scheme.grid != "affine" or scheme.bits != 4 or scheme.activations or any(side % int4.PER_WORD for side in shape):
         return None
-    if not hasattr(source, "int4") or not hasattr(target, "int4"):
+    if source is None or not hasattr(source, "int4") or not hasattr(target, "int4"):
         return None
     (read, before), (written, after) = source.int4(linear_name, config), target.int4(linear_name)
     return Route(read, before, written, after, (shape[0], shape[1]))

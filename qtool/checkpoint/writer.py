@@ -141,8 +141,6 @@ class ShardWriter:
         """Return when everything written so far is on the disk."""
         for file in self._files.values():
             file.sync()
-            if file is not self._current:
-                file.close()
 
     def finish(self) -> None:
         """Give the files their names, write the index if there are several, close. Safe to repeat after a kill."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qtool.errors import CheckpointError, NumericalError
 from qtool.recipe import Scheme, shown
-from qtool.tensors import QuantizedTensor, TensorSpec, group_count
+from qtool.tensors import QuantizedTensor, TensorSpec, all_finite, group_count
 
 Read = Callable[[str], torch.Tensor]  # raises KeyError for a tensor that is not there
 PACKABLE_BITS = (2, 3, 4, 8)
@@ -178,6 +178,8 @@ def packable(linear_name: str, tensor: QuantizedTensor, dtype: torch.dtype) -> t
     if tensor.symmetric and not bool((tensor.zero_point == 1 << (tensor.bits - 1)).all()):
         raise ValueError(f"{linear_name}: called symmetric, but a zero point is not {1 << (tensor.bits - 1)}")
     scale = tensor.scale.to(dtype)
+    if dtype is tensor.scale.dtype and all_finite(scale):
+        return scale.contiguous()
     exact = scale.double() == tensor.scale.double()
     if not bool((exact & torch.isfinite(scale)).all()):
         value = float(tensor.scale[~(exact & torch.isfinite(scale))][0])
