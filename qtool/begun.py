@@ -21,15 +21,15 @@ class _Begun:
         self.done = threading.Event()
         self.sha256: str | None = None
 
-    def run(self, buffer: memoryview) -> None:
-        digest = hashlib.sha256()
+    def run(self) -> None:
         try:
+            digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
             with self.path.open("rb", buffering=0) as file:
                 while count := file.readinto(buffer):
                     digest.update(buffer[:count])
                 unchanged = _stamp_of(os.fstat(file.fileno())) == self.stamp
             self.sha256 = digest.hexdigest() if unchanged else None
-        except OSError:
+        except (OSError, MemoryError):
             pass  # whoever asks for the hash reads the file and says what is wrong
         finally:
             self.done.set()
@@ -65,13 +65,12 @@ def taken(path: Path, stop: threading.Event | None = None) -> str | None:
 
 
 def _run(waiting: deque[_Begun]) -> None:
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     while True:
         try:
             one = waiting.popleft()
         except IndexError:
             return
-        one.run(buffer)
+        one.run()
 
 
 def _stamp_of(status: os.stat_result) -> Stamp:

@@ -293,9 +293,10 @@ def _store(job: Export, checked: _Checked, piece: _Piece, made: Any) -> None:
 
 def _store_linear(job: Export, checked: _Checked, piece: _Piece, made: _Linear) -> None:
     assert piece.linear is not None
-    for name, tensor in made.packed.items():
-        checked.writer.write(name, tensor)
-    back = {name: checked.read_back(name) for name in made.packed}
+    names = list(made.packed)
+    for name in names:
+        checked.writer.write(name, made.packed.pop(name))
+    back = {name: checked.read_back(name) for name in names}
     read = repacking.without(back, made.route.target if made.route else None)
     again = job.target.unpack(piece.linear, read, job.schemes[piece.linear], job.source.specs[piece.name].shape)
     same = _same(made.quantized, again)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qtool.digests import DIGITS, Known
 
-WAITING = 2  # pieces that are not hashed yet
+WAITING = 1  # pieces that are not hashed yet
 
 
 @dataclass
