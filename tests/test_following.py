@@ -65,7 +65,7 @@ def test_following_gives_the_hashes_of_the_files(tmp_path: Path, pieces: int) ->
 
 def test_what_is_not_written_in_order_is_read_again(tmp_path: Path) -> None:
     assert list(written(tmp_path, "bac")) == ["model-00002-of-00002.safetensors"]  # the first file has a and b
-    short = {path.name: (10, "short", {}) for path in tmp_path.iterdir()}
+    short: dict[str, digests.Known] = {path.name: (10, "short", {}) for path in tmp_path.iterdir()}
     assert digests.of_folder(tmp_path, known=short) == digests.of_folder(tmp_path)
 
 
