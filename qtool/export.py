@@ -227,7 +227,12 @@ def _write(job: Export, work: Workspace, checked: _Checked, names: Sequence[str]
     """Write all tensors that are not there yet. The next one is read and packed while one is written and compared."""
     first = len(names) if WRITTEN in work.finished else work.finished.get(SOME, {}).get("count", 0)
     pieces = (piece for name in names[first:] for piece in _pieces(job, name))
-    left = unwritten(work, names, lambda name: job.source.specs[name].nbytes, checked.writer.sync)
+
+    def durable() -> None:
+        checked.writer.sync()
+        heap.give_back()  # tensors of all sizes that live in several threads leave holes
+
+    left = unwritten(work, names, lambda name: job.source.specs[name].nbytes, durable)
     with left as named, ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
         for done, name in named:
             step(done, len(names), name)
