@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from qtool import formats
+from qtool import formats, repacking
 from qtool.checkpoint import open_checkpoint
 from qtool.checkpoint.header import AGAIN, read_json
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import CheckpointError, InputError
 from qtool.explained import Explained
 from qtool.recipe import Scheme
+from qtool.repacking import Route
 from qtool.tensors import DTYPE_NAMES, FLOATING, QuantizedTensor, TensorSpec
 
 
@@ -73,16 +74,19 @@ class Source:
             return self.checkpoint.read_rows(name, start, stop)
         return self.read(name)[start:stop].clone()
 
-    def read_quantized(self, linear_name: str) -> QuantizedTensor:
+    def read_quantized(self, linear_name: str, unread: str | None = None) -> QuantizedTensor:
         """Codes and scales of one quantized linear. InputError when it is not quantized, or when its columns are in an
-        order that a QuantizedTensor does not express (read() decodes those too)."""
+        order that a QuantizedTensor does not express (read() decodes those too).
+
+        unread: the stored tensor with its codes, which then have a shape and no data (on the device meta).
+        """
         if linear_name not in self._linears:
             raise InputError(f"{linear_name} is not quantized in {self.origin}; read {linear_name}.weight instead")
         assert self.format is not None
         scheme, shape = self._linears[linear_name]
         with self._all_there():
-            tensor: QuantizedTensor = self.format.unpack(linear_name, self._read_stored, scheme, shape,
-                                                         self._stored_config)
+            tensor: QuantizedTensor = self.format.unpack(linear_name, lambda name: self._read_stored(name, unread),
+                                                         scheme, shape, self._stored_config)
         return tensor
 
     def stored_scale(self, linear_name: str) -> torch.Tensor:
@@ -113,6 +117,11 @@ class Source:
                     raise CheckpointError(f"{module}: {first} and {second} are not positive; the file is damaged")
                 found[module] = keys, values
         return found
+
+    def route(self, linear_name: str, target: ModuleType, scheme: Scheme) -> Route | None:
+        """How the words of a quantized linear's codes become those of another format without being unpacked, if so."""
+        return repacking.route(linear_name, scheme, self.specs[f"{linear_name}.weight"].shape, self.format, target,
+                               self._stored_config)
 
     def quantization(self) -> Mapping[str, Any]:
         """The quantization_config, wherever the checkpoint keeps it; {} when there is none."""
@@ -152,9 +161,12 @@ class Source:
             raise CheckpointError(f"{self.origin}: {missing.args[0]} is missing; the download is incomplete, or "
                                   "config.json belongs to another file") from None
 
-    def _read_stored(self, name: str) -> torch.Tensor:
+    def _read_stored(self, name: str, unread: str | None = None) -> torch.Tensor:
         if name not in self.checkpoint.specs:
             raise KeyError(name)
+        if name == unread:
+            spec = self.checkpoint.specs[name]
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         return self.checkpoint.read(name)
 
     def _dense_specs(self) -> dict[str, TensorSpec]:

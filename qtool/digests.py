@@ -14,6 +14,7 @@ from qtool import manifest
 from qtool.checkpoint.header import read_header
 
 Places = Sequence[tuple[str, int, int]]  # name, offset in the file, bytes
+Known = tuple[int, str, dict[str, str]]  # of a file: how many bytes, their sha256, the first digits of its tensors'
 DIGITS = 16  # of a tensor's: they tell where the damage is; that there is some, the file's 64 do
 SCRATCH = ("journal.jsonl", "lock", manifest.NAME)
 STREAM = "stream-"
@@ -21,15 +22,19 @@ CHUNK_BYTES = 1 << 20  # stays in a cache
 ROWS = 64  # stays in a cache
 
 
-def of_folder(folder: Path, elsewhere: Mapping[str, Places] | None = None) -> dict[str, dict[str, str]]:
+def of_folder(folder: Path, elsewhere: Mapping[str, Places] | None = None,
+              known: Mapping[str, Known] | None = None) -> dict[str, dict[str, str]]:
     """`outputs`, file -> sha256, and `tensors`, name -> its first digits, of all that is in a folder but the manifest.
 
-    elsewhere: where tensors lie in files that do not say so themselves.
+    elsewhere: where tensors lie in files that do not say so themselves.  known: files that need not be read again.
     """
     files, tensors = {}, dict[str, str]()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in SCRATCH and not path.name.startswith(STREAM):
-            files[path.name], inside = of_file(path, (elsewhere or {}).get(path.name) or places(path))
+            length, whole, inside = (known or {}).get(path.name, (-1, "", {}))
+            if length != path.stat().st_size:
+                whole, inside = of_file(path, (elsewhere or {}).get(path.name) or places(path))
+            files[path.name] = whole
             tensors |= inside
     return {"outputs": files, "tensors": tensors}
 

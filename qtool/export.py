@@ -15,13 +15,29 @@ from typing import Any
 import torch
 
 import qtool
-from qtool import card, digests, footprint, formats, found, gguf_codes, heap, inspect, manifest, storage, transfer
+from qtool import (
+    card,
+    digests,
+    footprint,
+    formats,
+    found,
+    gguf_codes,
+    heap,
+    inspect,
+    manifest,
+    repacking,
+    storage,
+    transfer,
+)
 from qtool.ahead import ahead
 from qtool.checkpoint.reader import refuse_non_finite
+from qtool.checkpoint.tensor_io import as_bytes
 from qtool.checkpoint.writer import ShardWriter, plan_shards
 from qtool.decode import Source
 from qtool.errors import InputError, VerificationError
+from qtool.following import Following
 from qtool.recipe import Scheme
+from qtool.repacking import Route
 from qtool.resuming import SOME, WRITTEN, resumed, unwritten
 from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec, all_finite, same_bits
 from qtool.workspace import Workspace, recover, refuse_existing
@@ -89,18 +105,19 @@ def run(job: Export, step: inspect.Step = inspect.no_steps, restart: bool = Fals
                 "source": {"name": job.source.name, "files": job.source.hashes()}}
     refuse_full_disk(job.out, sum(spec.nbytes for spec in job.outputs), job.source)
     heap.reuse()
-    with Workspace(job.out, identity, restart) as work, torch.inference_mode():
+    with Workspace(job.out, identity, restart) as work, Following() as follow, torch.inference_mode():
         writer = ShardWriter(work.folder, plan_shards(job.outputs, SHARD_BYTES), getattr(job.target, "METADATA", None),
                              resumed(work))
         names = list(job.source.specs)
-        _write(job, work, writer, names, step)
+        _write(job, work, _Checked(writer, follow), names, step)
         again = job.transfer.attentions and WRITTEN not in work.finished
         for attention, scales in (job.source.cache_scales() if again else {}).items():
             for spec, scale in zip(job.target.kv_scales(attention), scales, strict=True):
                 writer.write(spec.name, scale.reshape(spec.shape))
+                _Checked(writer, follow).read_back(spec.name)
         step(len(names), len(names), "naming and hashing the files")
         name_files(work, writer)
-        result = _finish(job, work, writer.names)
+        result = _finish(job, work, writer.names, follow.known())
     return told(job.source, job.out, result, linears, checked, _notes(job))
 
 
@@ -190,27 +207,72 @@ def _pieces(job: Export, name: str) -> Iterator[_Piece]:
             yield _Piece(name, rows=(start, min(start + step, spec.shape[0])))
 
 
-def _write(job: Export, work: Workspace, writer: ShardWriter, names: Sequence[str], step: inspect.Step) -> None:
+@dataclass(frozen=True)
+class _Checked:
+    """Reads back what a writer wrote; what it gives is hashed on the way."""
+
+    writer: ShardWriter
+    follow: Following
+
+    def read_back(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        back = self.writer.read_back(name) if rows is None else self.writer.read_rows_back(name, *rows)
+        offset, _ = self.writer.place(name)
+        if rows is not None:
+            offset += rows[0] * (back.nbytes // max(1, rows[1] - rows[0]))
+        self.follow.add(*self.writer.part(name), name, offset, as_bytes(back))
+        return back
+
+
+def _write(job: Export, work: Workspace, checked: _Checked, names: Sequence[str], step: inspect.Step) -> None:
     """Write all tensors that are not there yet. The next one is read and packed while one is written and compared."""
     first = len(names) if WRITTEN in work.finished else work.finished.get(SOME, {}).get("count", 0)
     pieces = (piece for name in names[first:] for piece in _pieces(job, name))
-    with ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
-        for done, name in unwritten(work, names, lambda name: job.source.specs[name].nbytes, writer.sync):
+
+    def durable() -> None:
+        checked.writer.sync()
+        heap.give_back()  # tensors of all sizes that live in several threads leave holes
+
+    left = unwritten(work, names, lambda name: job.source.specs[name].nbytes, durable)
+    with left as named, ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
+        for done, name in named:
             step(done, len(names), name)
             for piece in _pieces(job, name):
-                _store(job, writer, piece, next(made))
+                _store(job, checked, piece, next(made))
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear as the source has it, and packed as the target has it.
+
+    route, words: how its codes go over as words, and these as the source has them; None where they are in `quantized`.
+    """
+
+    quantized: QuantizedTensor
+    packed: dict[str, torch.Tensor]
+    route: Route | None
+    words: torch.Tensor | None
+
+
+def _read_linear(job: Export, linear: str) -> _Linear:
+    scheme = job.schemes[linear]
+    route = job.source.route(linear, job.target, scheme)
+    quantized = job.source.read_quantized(linear, route.source if route else None)
+    if found.load("grids", scheme.grid).FREE_SCALES:
+        quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
+    quantized = replace(quantized, symmetric=scheme.symmetric)
+    packed = job.target.pack(linear, quantized, job.transfer.dtype)
+    if route is None:
+        return _Linear(quantized, packed, None, None)
+    words = job.source.checkpoint.read(route.source)
+    packed[route.target] = route.repacked(words, packed[route.target].dtype)
+    return _Linear(quantized, packed, route, words)
 
 
 @torch.inference_mode()
 def _read(job: Export, piece: _Piece) -> Any:
-    """Of a linear the codes and scales, and the same in the target's layout; else the tensor, or its rows."""
+    """A linear, a tensor, or rows of it."""
     if piece.linear is not None:
-        quantized = job.source.read_quantized(piece.linear)
-        scheme = job.schemes[piece.linear]
-        if found.load("grids", scheme.grid).FREE_SCALES:
-            quantized = replace(quantized, scale=quantized.scale.to(job.transfer.scale_dtype))
-        quantized = replace(quantized, symmetric=scheme.symmetric)
-        return quantized, job.target.pack(piece.linear, quantized, job.transfer.dtype)
+        return _read_linear(job, piece.linear)
     if piece.rows is None:
         return refuse_non_finite(job.source.origin, piece.name, job.source.read(piece.name))
     rows = job.source.read_rows(piece.name, *piece.rows)
@@ -219,39 +281,47 @@ def _read(job: Export, piece: _Piece) -> Any:
     return rows
 
 
-def _store(job: Export, writer: ShardWriter, piece: _Piece, made: Any) -> None:
+def _store(job: Export, checked: _Checked, piece: _Piece, made: Any) -> None:
     """Write a piece; then what lies in the file against the source."""
+    writer = checked.writer
     if piece.linear is not None:
-        quantized, packed = made
-        for name, tensor in packed.items():
-            writer.write(name, tensor)
-        shape = job.source.specs[piece.name].shape
-        again = job.target.unpack(piece.linear, writer.read_back, job.schemes[piece.linear], shape)
-        if not _same(quantized, again):
-            raise VerificationError(f"{piece.linear}: its values in {writer.folder} differ from those in "
-                                    f"{job.source.origin}; the disk or the memory of this machine may be faulty")
+        _store_linear(job, checked, piece, made)
         return
     if piece.rows is None:
         writer.write(piece.name, made)
-        back = writer.read_back(piece.name)
     else:
         writer.write_rows(piece.name, piece.rows[0], made)
-        back = writer.read_rows_back(piece.name, *piece.rows)
-    if not same_bits(back, made):
+    if not same_bits(checked.read_back(piece.name, piece.rows), made):
         raise VerificationError(f"{piece.name}: what was read back from {writer.folder} differs from what was written; "
                                 "the disk or the memory of this machine may be faulty")
 
 
+def _store_linear(job: Export, checked: _Checked, piece: _Piece, made: _Linear) -> None:
+    assert piece.linear is not None
+    names = list(made.packed)
+    for name in names:
+        checked.writer.write(name, made.packed.pop(name))
+    back = {name: checked.read_back(name) for name in names}
+    read = repacking.without(back, made.route.target if made.route else None)
+    again = job.target.unpack(piece.linear, read, job.schemes[piece.linear], job.source.specs[piece.name].shape)
+    same = _same(made.quantized, again)
+    if made.route is not None and made.words is not None:
+        same = same and made.route.same(made.words, back[made.route.target])
+    if not same:
+        raise VerificationError(f"{piece.linear}: its values in {checked.writer.folder} differ from those in "
+                                f"{job.source.origin}; the disk or the memory of this machine may be faulty")
+
+
 def _same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
-    """Whether codes, zero points and scales are equal, and so every value that they stand for."""
-    if not (one.codes.shape == other.codes.shape and same_bits(one.codes, other.codes)):
+    """Whether codes (if they have data), zero points and scales are equal, and so every value that they stand for."""
+    if one.codes.shape != other.codes.shape or not (one.codes.is_meta or same_bits(one.codes, other.codes)):
         return False
     pairs = [(one.zero_point, other.zero_point), (one.scale.float(), other.scale.float()),
              (one.extra.get(INPUT_SCALE, NONE).float().reshape(-1), other.extra.get(INPUT_SCALE, NONE).float())]
     return all(torch.equal(left, right) for left, right in pairs)
 
 
-def _finish(job: Export, work: Workspace, names: Sequence[str]) -> dict[str, Any]:
+def _finish(job: Export, work: Workspace, names: Sequence[str], known: Mapping[str, digests.Known]) -> dict[str, Any]:
     config = dict(job.source.config)
     extra: dict[str, Any] = {}
     if not job.dense:
@@ -265,20 +335,22 @@ def _finish(job: Export, work: Workspace, names: Sequence[str]) -> dict[str, Any
              for linear, scheme in job.source.schemes.items()}
     kept = [{"name": name, "reason": "left out of the quantization_config"} for name in job.transfer.skipped]
     made = record(job.source, job.record, job.target.NAME, sizes, sum(spec.nbytes for spec in job.outputs), kept)
-    return finish(work, job.source, names, {"config.json": config, **extra}, made, job.target.LOADERS)
+    return finish(work, job.source, names, {"config.json": config, **extra}, made, job.target.LOADERS, known=known)
 
 
 def finish(work: Workspace, source: Source, names: Sequence[str], files: Mapping[str, Any], record: Mapping[str, Any],
-           loaders: Sequence[tuple[str, str]], elsewhere: Mapping[str, digests.Places] | None = None) -> dict[str, Any]:
+           loaders: Sequence[tuple[str, str]], elsewhere: Mapping[str, digests.Places] | None = None,
+           known: Mapping[str, digests.Known] | None = None) -> dict[str, Any]:
     """The companions of the source, JSON files, card and manifest; then the directory gets its name.
 
-    names: of the files that are there.  elsewhere: where tensors lie in files that do not say so.
+    names: of the files that are there.  elsewhere: where tensors lie in files that do not say so.  known: their hashes,
+    where they were taken before.
 
     Returns the manifest: `record` with hashes of the files.
     """
     work.refuse_strays({*names, *manifest.write_beside(work.folder, source.companions(), files)})
     (work.folder / "README.md").write_text(card.text(record, loaders), encoding="utf-8")
-    result = {**record, **digests.of_folder(work.folder, elsewhere)}
+    result = {**record, **digests.of_folder(work.folder, elsewhere, known)}
     manifest.save(work.folder, result)
     work.complete()
     return result

@@ -167,9 +167,10 @@ def run(job: GgufExport, step: inspect.Step = inspect.no_steps, restart: bool = 
         same: set[str] = set(work.finished.get(resuming.SOME, {}).get("same", ()))
         left = resuming.unwritten(work, storage.outputs, lambda spec: spec.nbytes, writer.sync,
                                 lambda: {"same": sorted(same)})
-        for done, spec in left:
-            step(done, len(storage.outputs), spec.name)
-            same.update({spec.name.removesuffix(".weight")} if _copy(job, writer, spec) else ())
+        with left as specs:
+            for done, spec in specs:
+                step(done, len(storage.outputs), spec.name)
+                same.update({spec.name.removesuffix(".weight")} if _copy(job, writer, spec) else ())
         step(len(storage.outputs), len(storage.outputs), "naming and hashing the file")
         writer.finish()
         work.complete_file(TENSORS_NAME)

@@ -84,10 +84,11 @@ def run(job: OnnxExport, step: inspect.Step = inspect.no_steps, restart: bool = 
     export.refuse_full_disk(job.out, sum(spec.nbytes for spec in specs), source)
     with Workspace(job.out, identity, restart) as work, torch.inference_mode():
         writer = ShardWriter(work.folder, [Shard(DATA_FILE, specs, bare=True)], resumed=resuming.resumed(work))
-        for done, part in resuming.unwritten(work, parts, lambda part: sum(spec.nbytes for spec in part.specs),
-                                           writer.sync):
-            step(done, len(parts), part.tensor or part.specs[0].name)
-            _write(part, writer)
+        with resuming.unwritten(work, parts, lambda part: sum(spec.nbytes for spec in part.specs),
+                                writer.sync) as left:
+            for done, part in left:
+                step(done, len(parts), part.tensor or part.specs[0].name)
+                _write(part, writer)
         step(len(parts), len(parts), "naming and hashing the files")
         export.name_files(work, writer)
         storage.write(work.folder / genai.MODEL_FILE, job.graph.serialized(writer.place))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import console, heap
+from qtool import begun, console, heap
 from qtool.errors import InputError
 
 
@@ -43,6 +43,8 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
     if wanted.requantize is not None:
         return _requantized(path, wanted, wanted.requantize, quiet)
     with console.working(f"reading {path}", quiet):
+        heap.reuse()  # before there are threads, which would get heaps of their own
+        begun.begin(Path(path).expanduser())
         module, job = _made(path, wanted)
     heap.settle()
     for text in job.lost:

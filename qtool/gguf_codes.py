@@ -53,7 +53,7 @@ class _Codes(Source):
                   if name.removesuffix(".weight") not in kinds]
         self.notes = (f"decoded to float16: {', '.join(beside)}",) if beside else ()
 
-    def read_quantized(self, linear_name: str) -> QuantizedTensor:
+    def read_quantized(self, linear_name: str, unread: str | None = None) -> QuantizedTensor:
         quantized = self._quantized(linear_name)
         if quantized is None:
             raise InputError(f"{linear_name}: {NO_ZERO_POINTS}")

@@ -186,9 +186,9 @@ def _write(job: Retyping, work: Workspace, file: SealedFile, step: Callable[[int
 
     threads = torch.get_num_threads()
     left = (chunk for one in job.stored[first:] for chunk in chunks(one))
-    with ahead(lambda chunk: _encoded(job, chunk), left, threads, AHEAD * threads) as made:
-        for done, one in resuming.unwritten(work, job.stored, lambda one: one.nbytes, file.sync,
-                                            lambda: {"same": sorted(same)}):
+    unwritten = resuming.unwritten(work, job.stored, lambda one: one.nbytes, file.sync, lambda: {"same": sorted(same)})
+    with unwritten as wanted, ahead(lambda chunk: _encoded(job, chunk), left, threads, AHEAD * threads) as made:
+        for done, one in wanted:
             step(done, len(job.stored), one.name)
             kept = True
             for chunk in chunks(one):

@@ -29,7 +29,7 @@ RANKS = {
     "requantize": 8, "inspecting": 8, "evaluating": 8, "console": 8, "exports": 8, "options": 8, "flags": 7, "cli": 9,
     "duration": 6, "preflight": 6, "report_plan": 6, "probe": 8, "keeping": 5, "kept": 6, "reading": 6, "trials": 6,
     "redo": 8, "redoing": 8, "quantizing": 9, "independent": 1, "digests": 5, "verifying": 8, "ahead": 1,
-    "resuming": 7, "retype": 7, "learning": 7,
+    "resuming": 7, "retype": 7, "learning": 7, "begun": 1, "following": 5, "repacking": 5,
     "__main__": 10, "__init__": 10,
 }
 SEPARATE = ("methods", "formats", "models", "checkpoint")  # never import each other

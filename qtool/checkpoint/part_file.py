@@ -59,10 +59,11 @@ class PartFile:
         if self.finished:
             raise OutputError(f"{self.path}: is finished; '{name}' cannot be written again")
         try:
-            self._dirty = True
             write_all(self._opened(), data, offset)
         except OSError as error:
             raise storage.failed(error, self.path, f"tensor '{name}'", len(data), self.smaller) from None
+        finally:
+            self._dirty = True  # not before: what another thread syncs meanwhile may lack some of it
 
     def read(self, spec: TensorSpec, offset: int) -> torch.Tensor:
         """The tensor as it is in the file now (zeros where it has not been written)."""
@@ -76,13 +77,19 @@ class PartFile:
         return tensor
 
     def sync(self) -> None:
-        """Return when everything written so far is on the disk."""
-        if self._dirty:
+        """Return when everything written so far is on the disk; also from another thread than the one that writes."""
+        if not self._dirty:
+            return
+        self._dirty = False  # what is written from here on is not meant
+        try:
+            descriptor = self._open()
             try:
-                os.fsync(self._opened())
-            except OSError as error:
-                raise storage.failed(error, self.path, "what was written", smaller=self.smaller) from None
-            self._dirty = False
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self._dirty = True
+            raise storage.failed(error, self.path, "what was written", smaller=self.smaller) from None
 
     def sha256(self, blank: slice) -> str:
         """Of the file as it is now, with zeros (the digit) at the bytes `blank`. Raises OSError."""
@@ -97,10 +104,13 @@ class PartFile:
     def _opened(self) -> int:
         """A descriptor of the file, opened if it is not."""
         if self._descriptor < 0:
-            name = self.path.name + ("" if self.finished else PART)
-            flags = (os.O_RDONLY if self.finished else os.O_RDWR) | os.O_CLOEXEC
-            self._descriptor = os.open(self.path.with_name(name), flags)
+            self._descriptor = self._open()
         return self._descriptor
+
+    def _open(self) -> int:
+        name = self.path.name + ("" if self.finished else PART)
+        flags = (os.O_RDONLY if self.finished else os.O_RDWR) | os.O_CLOEXEC
+        return os.open(self.path.with_name(name), flags)
 
     def close(self) -> None:
         """Let go of the descriptor until the file is used again."""

@@ -85,12 +85,13 @@ class ShardWriter:
         self.folder = folder
         self.shards = list(shards)
         self._places: dict[str, tuple[TensorSpec, Shard, int]] = {}
+        self._begins: dict[str, int] = {}
         self._files: dict[str, PartFile] = {}
         self._current: PartFile | None = None
         try:
             for shard in self.shards:
                 header = b"" if shard.bare else header_bytes(shard.specs, metadata)
-                size = self._place(shard, len(header))
+                size, self._begins[shard.file_name] = self._place(shard, len(header)), len(header)
                 self._files[shard.file_name] = PartFile(folder / shard.file_name, header, size, self._outstanding,
                                                         SMALLER, resumed=resumed)
             storage.sync_folder(folder)
@@ -131,12 +132,15 @@ class ShardWriter:
         spec, _, offset = self._places[name]
         return offset, spec.nbytes
 
+    def part(self, name: str) -> tuple[str, Path, int]:
+        """Of the file of a tensor that is not finished: its name in the end, where it is, where its data begins."""
+        file = self._places[name][1].file_name
+        return file, self.folder / (file + storage.PART), self._begins[file]
+
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
         for file in self._files.values():
             file.sync()
-            if file is not self._current:
-                file.close()
 
     def finish(self) -> None:
         """Give the files their names, write the index if there are several, close. Safe to repeat after a kill."""

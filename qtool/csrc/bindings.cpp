@@ -112,6 +112,7 @@ Tensor unpacked_fields(Tensor packed, Tensor fields, int64_t width) {
 
 #include "bindings_packed.inc"
 #include "bindings_codebooks.inc"
+#include "bindings_int4.inc"
 
 STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) {
   QTOOL_REGISTER(library);
@@ -124,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(qtool, CPU, library) {
   library.impl("refine_codebooks", TORCH_BOX(&refine_codebooks));
   library.impl("dequantize_codebooks", TORCH_BOX(&dequantize_codebooks));
   library.impl("sum_codewords", TORCH_BOX(&sum_codewords));
+  library.impl("repack_int4", TORCH_BOX(&repack_int4));
+  library.impl("compare_int4", TORCH_BOX(&compare_int4));
 }
 
 // For ctypes: the name of the instruction set in use, and a way for tests to choose another. 0 when it cannot run here.

@@ -66,6 +66,17 @@ struct CodebookOptions {
   int64_t columns, books, words, beam;
 };
 
+// Words of eight 4-bit codes of a matrix [rows, 8 * blocks]; rows are a multiple of 8. See int4.inc.
+enum Int4Layout : int64_t {
+  kInt4Rows = 0,     // words [rows, blocks]: along the columns of a row
+  kInt4Columns = 1,  // the same, transposed: [blocks, rows]
+  kInt4Awq = 2       // [8 * blocks, rows / 8]: eight rows of a column, in the order 0, 2, 4, 6, 1, 3, 5, 7
+};
+
+struct Int4Shape {
+  int64_t rows, blocks;
+};
+
 struct Kernels {
   const char* name;
   void (*fit_affine)(const float* weight, const float* importance, const FitOptions& options, float* scale,
@@ -143,6 +154,11 @@ struct Kernels {
                       uint8_t* packed, int64_t begin, int64_t end);
   void (*unpack_fields)(const uint8_t* packed, const int32_t* fields, int64_t count, int64_t width, int64_t size,
                         uint8_t* parts, int64_t begin, int64_t end);
+  // Here [begin, end) are blocks. differ [blocks]: 1 where a code of the block does.
+  void (*repack_int4)(const uint32_t* words, const Int4Shape& shape, int64_t source, int64_t target, uint32_t* made,
+                      int64_t begin, int64_t end);
+  void (*compare_int4)(const uint32_t* one, const uint32_t* other, const Int4Shape& shape, int64_t layout,
+                       int64_t other_layout, uint8_t* differ, int64_t begin, int64_t end);
 };
 
 extern const Kernels kPortable;

@@ -17,6 +17,7 @@ and, where the usual does not hold,
     CONFIG_KEYS                               the names of the quantization_config in config.json
     adapted(config)                           the rest of config.json as its readers want it
     WIDER                                     grid -> dtypes whose values its scales may have too, as float32 tensors
+    int4(linear_name, config)                 the tensor with 4-bit codes, its layout (ops/int4.py)
     obstacle(linear_name, read, scheme, shape, config)           why the codes cannot be kept in another format, or None
 """
 

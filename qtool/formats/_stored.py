@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qtool.errors import CheckpointError, NumericalError
 from qtool.recipe import Scheme, shown
-from qtool.tensors import QuantizedTensor, TensorSpec, group_count
+from qtool.tensors import QuantizedTensor, TensorSpec, all_finite, group_count
 
 Read = Callable[[str], torch.Tensor]  # raises KeyError for a tensor that is not there
 PACKABLE_BITS = (2, 3, 4, 8)
@@ -172,11 +172,14 @@ def packable(linear_name: str, tensor: QuantizedTensor, dtype: torch.dtype) -> t
         raise ValueError(f"{linear_name}: codes {[rows, columns]} in groups of {tensor.group_size} need scales and "
                          f"zeros {[rows, groups]}, not {list(tensor.scale.shape)} and {list(tensor.zero_point.shape)}")
     top = (1 << tensor.bits) - 1
-    if rows and columns and (int(tensor.codes.max()) > top or int(tensor.zero_point.max()) > top):
+    whole = not tensor.codes.is_meta  # else words of so many bits, which hold nothing larger
+    if rows and columns and ((whole and int(tensor.codes.max()) > top) or int(tensor.zero_point.max()) > top):
         raise ValueError(f"{linear_name}: a code or zero point is larger than {top}, the largest of {tensor.bits} bits")
     if tensor.symmetric and not bool((tensor.zero_point == 1 << (tensor.bits - 1)).all()):
         raise ValueError(f"{linear_name}: called symmetric, but a zero point is not {1 << (tensor.bits - 1)}")
     scale = tensor.scale.to(dtype)
+    if dtype is tensor.scale.dtype and all_finite(scale):
+        return scale.contiguous()
     exact = scale.double() == tensor.scale.double()
     if not bool((exact & torch.isfinite(scale)).all()):
         value = float(tensor.scale[~(exact & torch.isfinite(scale))][0])

@@ -31,12 +31,13 @@ from qtool.formats._stored import (
     stored_linears,
 )
 from qtool.formats._targets import fused_conflicts, patterns, with_fused
+from qtool.ops import int4 as layouts
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec, group_count
 
 __all__ = [
     "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files", "fused_conflicts",
-    "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
+    "int4", "layout", "notes", "pack", "recognises", "scale_dtype", "schemes", "unpack",
 ]
 NAME = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -107,6 +108,11 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
     return _stored(linear_name, read, scheme, shape, config).dequantize()
 
 
+def int4(linear_name: str, config: Mapping[str, Any] | None = None) -> tuple[str, int]:
+    """The tensor with the codes of a linear, and its layout."""
+    return f"{linear_name}.qweight", layouts.ALONG_ROWS if _version(config or {}) == "gemv" else layouts.AWQ
+
+
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
     """The quantization_config. `skipped`: every other nn.Linear."""
     group_size = next(iter(schemes.values())).group_size
@@ -130,7 +136,7 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
     Raises CheckpointError.
     """
     said = quantization_config(config)
-    version, bits = str(said.get("version", "gemm")).lower(), said.get("bits", said.get("w_bit"))
+    version, bits = _version(config), said.get("bits", said.get("w_bit"))
     if version not in ("gemm", "gemv") or bits != BITS:
         raise CheckpointError(f"config.json: AWQ version {version!r} with {bits} bits: only gemm and gemv with 4 bits "
                               "are read; start from the unquantized model")
@@ -150,6 +156,10 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
     if not found:
         raise CheckpointError("config.json says AWQ, but no tensor is called *.qweight; fetch the model again")
     return found
+
+
+def _version(config: Mapping[str, Any]) -> str:
+    return str(quantization_config(config).get("version", "gemm")).lower()
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
@@ -188,7 +198,7 @@ def _stored(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, int]
         raise CheckpointError(f"{linear_name}: groups of {size} do not divide {columns} inputs; config.json belongs to "
                               "another file")
     groups, where = columns // size, [f"{linear_name}.{suffix}" for suffix in SUFFIXES]
-    if str(quantization_config(config or {}).get("version", "gemm")).lower() == "gemv":
+    if _version(config or {}) == "gemv":
         return _gemv(linear_name, read, shape, groups)
     words = expect(where[0], read(where[0]), (torch.int32,), (columns, rows // PER_WORD))
     zeros = expect(where[1], read(where[1]), (torch.int32,), (groups, rows // PER_WORD))

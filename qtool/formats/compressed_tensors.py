@@ -22,13 +22,14 @@ from qtool.formats._defaults import check_together as check_together
 from qtool.formats._defaults import extra_files as extra_files
 from qtool.formats._stored import Read, expect, order_obstacle, quantization_config, stored_linears
 from qtool.formats._targets import fused_conflicts, patterns
+from qtool.ops import int4 as layouts
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, INPUT_SCALE, QuantizedTensor, TensorSpec
 
 __all__ = [
     "KV_SCALES", "LOADERS", "NAME", "SUFFIXES", "check", "check_together", "config", "dequantize", "extra_files",
-    "fused_conflicts", "kv_scales", "layout", "notes", "obstacle", "pack", "recognises", "scale_dtype", "schemes",
-    "unpack", "with_kv_cache",
+    "fused_conflicts", "int4", "kv_scales", "layout", "notes", "obstacle", "pack", "recognises", "scale_dtype",
+    "schemes", "unpack", "with_kv_cache",
 ]
 NAME = "compressed-tensors"
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
@@ -125,6 +126,11 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
     reader = _reader(linear_name, read, scheme)
     decoded: torch.Tensor = reader.dequantize(linear_name, read, scheme, shape, config is not None)
     return decoded
+
+
+def int4(linear_name: str, config: Mapping[str, Any] | None = None) -> tuple[str, int]:
+    """The tensor with the codes of a linear of 4 bits (pack-quantized), and its layout."""
+    return f"{linear_name}.{_ct_pack.LEAD}", layouts.ALONG_ROWS
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from qtool.formats._stored import (
     stored_linears,
 )
 from qtool.formats._targets import fused_conflicts, kind, patterns, with_fused
+from qtool.ops import int4 as layouts
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec, group_count
 
@@ -150,6 +151,11 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
                config: Mapping[str, Any] | None = None) -> torch.Tensor:
     """float32 [N, K], whatever the order of the columns."""
     return _stored(linear_name, read, scheme, shape, config).dequantize()
+
+
+def int4(linear_name: str, config: Mapping[str, Any] | None = None) -> tuple[str, int]:
+    """The tensor with the codes of a linear of 4 bits, and its layout."""
+    return f"{linear_name}.qweight", layouts.TRANSPOSED
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:

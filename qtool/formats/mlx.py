@@ -25,6 +25,7 @@ from qtool.formats._defaults import check_together as check_together
 from qtool.formats._defaults import extra_files as extra_files
 from qtool.formats._defaults import fused_conflicts as fused_conflicts
 from qtool.formats._stored import Read, expect, nearest_group, packable, quantization_config, scheme_of, stored_linears
+from qtool.ops import int4 as layouts
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, QuantizedTensor, TensorSpec
 
@@ -120,6 +121,11 @@ def dequantize(linear_name: str, read: Read, scheme: Scheme, shape: tuple[int, i
     scale, biases = (one.float().unsqueeze(-1) for one in _scales(linear_name, read, scheme, shape))
     codes = _codes(linear_name, read, scheme, shape).view(shape[0], scale.shape[1], -1)
     return (codes.float() * scale + biases).view(shape)
+
+
+def int4(linear_name: str, config: Mapping[str, Any] | None = None) -> tuple[str, int]:
+    """The tensor with the codes of a linear of 4 bits, and its layout."""
+    return f"{linear_name}.weight", layouts.ALONG_ROWS
 
 
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:

@@ -16,10 +16,12 @@ import torch
 from qtool.ops import (
     checks,
     checks_codebooks,
+    checks_int4,
     checks_packed,
     reference,
     reference_blocks,
     reference_codebooks,
+    reference_int4,
     reference_levels,
     reference_packed,
 )
@@ -58,6 +60,8 @@ SCHEMAS = {
                         "Tensor roots, int beam) -> (Tensor, Tensor)",
     "dequantize_codebooks": "(Tensor codes, Tensor codebooks, Tensor scale) -> Tensor",
     "sum_codewords": "(Tensor values, Tensor codes, int words) -> Tensor",
+    "repack_int4": "(Tensor words, int rows, int columns, int source, int target) -> Tensor",
+    "compare_int4": "(Tensor one, Tensor other, int rows, int columns, int layout, int other_layout) -> Tensor",
     "pack_bits": "(Tensor codes, int bits, bool transposed) -> Tensor",
     "unpack_bits": "(Tensor words, int bits, int count, bool transposed) -> Tensor",
 }
@@ -123,6 +127,14 @@ def _sum_codewords(values, codes, words):  # type: ignore[no-untyped-def]
     return values.new_empty((codes.shape[2], words, checks_codebooks.VECTOR))
 
 
+def _repack_int4(words, rows, columns, source, target):  # type: ignore[no-untyped-def]
+    return words.new_empty(checks_int4.shape_of(rows, columns, target))
+
+
+def _compare_int4(one, other, rows, columns, *_):  # type: ignore[no-untyped-def]
+    return one.new_empty((columns // checks_int4.PER_WORD,), dtype=torch.uint8)
+
+
 def _pack(codes, bits, transposed):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     shape = (checks.words(rows, bits), columns) if transposed else (rows, checks.words(columns, bits))
@@ -141,13 +153,14 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "unpack_fields": _fields, "multiply_int8": _product, "multiply_packed": _multiply_packed,
     "unpack_packed": _unpack_packed, "decode_block": _hidden, "pack_bits": _pack, "unpack_bits": _unpack,
     "refine_codebooks": _refine_codebooks, "dequantize_codebooks": _dequantize_codebooks,
-    "sum_codewords": _sum_codewords,
+    "sum_codewords": _sum_codewords, "repack_int4": _repack_int4, "compare_int4": _compare_int4,
 }
 
 
 def _fake(name: str) -> Callable[..., Any]:
     """The op on tensors without data: the same check as before a real call, then the shapes."""
-    check = next(getattr(module, name) for module in (checks_packed, checks_codebooks, checks) if hasattr(module, name))
+    modules = (checks_packed, checks_codebooks, checks_int4, checks)
+    check = next(getattr(module, name) for module in modules if hasattr(module, name))
     shapes = SHAPES[name]
 
     def fake(*arguments: Any) -> Any:
@@ -160,7 +173,7 @@ def _fake(name: str) -> Callable[..., Any]:
 LIBRARY = torch.library.Library("qtool", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _modules = (reference_levels, reference_blocks, reference_packed, reference_codebooks, reference)
+    _modules = (reference_levels, reference_blocks, reference_packed, reference_codebooks, reference_int4, reference)
     _default = next(getattr(module, _name) for module in _modules if hasattr(module, _name))
     LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qtool::{_name}", _fake(_name), lib=LIBRARY)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qtool.ops import _library, checks, checks_codebooks, checks_packed
+from qtool.ops import _library, checks, checks_codebooks, checks_int4, checks_packed
 from tests.ops.test_library import calls
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32,
@@ -80,7 +80,8 @@ def changed(given: Any, random_: random.Random) -> Any:
 
 
 def refused_by_checks(name: str, arguments: tuple[Any, ...]) -> bool:
-    check = next(getattr(module, name) for module in (checks_packed, checks_codebooks, checks) if hasattr(module, name))
+    modules = (checks_packed, checks_codebooks, checks_int4, checks)
+    check = next(getattr(module, name) for module in modules if hasattr(module, name))
     by_name = dict(zip(_library.SCHEMAS[name].split(") ->")[0].split(", "), arguments, strict=True))
     given = {words.strip("(").split(" ")[-1]: one for words, one in by_name.items()}
     try:

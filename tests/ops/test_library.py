@@ -48,6 +48,8 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "refine_codebooks": (weight, square, *additive(8, 8), torch.eye(8).repeat(8, 1, 1), 3),
         "dequantize_codebooks": (additive(8, 8)[0], additive(8, 8)[2], additive(8, 8)[1]),
         "sum_codewords": (weight, additive(8, 8)[0], 16),
+        "repack_int4": (ops.pack_bits(codes, 4), 8, 64, 0, 2),
+        "compare_int4": (ops.pack_bits(codes, 4), ops.pack_bits(codes, 4).t().contiguous(), 8, 64, 0, 1),
         "pack_bits": (codes, 4, False), "unpack_bits": (ops.pack_bits(codes, 3, True), 3, 8, True),
     }
 
