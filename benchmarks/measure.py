@@ -41,7 +41,8 @@ def table(work: Path, labels: list[str]) -> None:
     runs: dict[str, Any] = {label: json.loads((work / f"{label}.json").read_text()) for label in labels}
     quality = json.loads((work / "quality.json").read_text())
     peer = runs[labels[-1]]
-    print("| run | seconds | of the last's | whole process s | CPU s | peak RSS MB | perplexity | excess | KL | top-1 |\n"
+    print("| run | seconds | of the last's | whole process s | CPU s | peak RSS MB | perplexity | excess | KL |"
+          " top-1 |\n"
           "|---|---|---|---|---|---|---|---|---|---|")
     for label in labels:
         one, figures = runs[label], quality[label]

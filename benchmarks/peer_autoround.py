@@ -3,8 +3,8 @@
     python peer_autoround.py MODEL OUT IDS.safetensors [--bits 4] [--group 64] [--iters 200] [--batch 8] [--asymmetric]
 
 Its venv: torch==2.13.0 first, then auto-round==0.16.1. Everything but these options is its default; without bfloat16
-units it computes in float32 (its products in bfloat16 would be emulated). Writes GPTQ's layout; the folder that it makes
-inside OUT takes OUT's place. Prints one JSON line.
+units it computes in float32 (its products in bfloat16 would be emulated). Writes GPTQ's layout; the folder that it
+makes inside OUT takes OUT's place. Prints one JSON line.
 """
 
 import argparse
