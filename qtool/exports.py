@@ -8,6 +8,7 @@ from typing import Any
 
 from qtool import begun, console, heap
 from qtool.errors import InputError
+from qtool.files import expanded
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
         return _requantized(path, wanted, wanted.requantize, quiet)
     with console.working(f"reading {path}", quiet):
         heap.reuse()  # before there are threads, which would get heaps of their own
-        begun.begin(Path(path).expanduser())
+        begun.begin(expanded(path))
         module, job = _made(path, wanted)
     heap.settle()
     for text in job.lost:

@@ -9,6 +9,11 @@ import stat
 from pathlib import Path
 
 
+def expanded(path: str | Path) -> Path:
+    """With ~ and ~user as folders, where there is such a user (where not, Path.expanduser raises)."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Open for reading. Raises OSError, also for what is no regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

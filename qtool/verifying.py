@@ -21,6 +21,7 @@ from qtool.errors import (
     VerificationError,
 )
 from qtool.explained import Explained
+from qtool.files import expanded
 
 WINDOWS, CONTEXT = 4, 256  # of built-in text that never calibrates
 LEAST_LIMIT = 1.0  # nats
@@ -33,7 +34,9 @@ def guarded(path: str, look: Callable[[], html_report.Run], quiet: bool) -> html
 
     Raises what has nothing to do with the files.
     """
-    if not Path(path).expanduser().exists():
+    try:
+        expanded(path).stat()
+    except OSError:
         return look()
     try:
         with console.steps("hashing", quiet) as step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from qtool.checkpoint.reader import WHY_NO_PICKLE, Checkpoint, is_pickle, open_directory
 from qtool.errors import CheckpointError, printable
+from qtool.files import expanded
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -24,7 +24,7 @@ def open_checkpoint(model: str, revision: str | None = None, work_dir: Path | No
     work_dir: where config and tokenizer of a GGUF file are unpacked; None is a temporary folder.  gguf_dtype: what
     its tensors are read as; float32 holds what its blocks say (a dtype in which such models are kept).
     """
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 - of Path it raises where there is no such user
+    path = expanded(model)
     if len(model) > MAX_NAME:
         raise CheckpointError(f"{printable(model)}: too long to be a path or a Hub id")
     if path.is_dir() or path.is_file():
@@ -59,7 +59,7 @@ def local_gguf(model: str) -> Path | None:
     """The .gguf file that open_checkpoint would open; None for all else, and for what is no path."""
     if len(model) > MAX_NAME:
         return None
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 - as above
+    path = expanded(model)
     if path.is_dir():
         return _only_gguf(path)
     return path if path.is_file() and path.suffix.lower() == ".gguf" else None

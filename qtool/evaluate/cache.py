@@ -26,7 +26,7 @@ import qtool
 from qtool import ops
 from qtool.decode import Source
 from qtool.evaluate.predictions import Exits, Setting
-from qtool.files import open_regular
+from qtool.files import expanded, open_regular
 from qtool.models.streams import StreamStore
 from qtool.tensors import NAMES_OF_DTYPES
 
@@ -46,7 +46,7 @@ class Cache:
         """Those of `key`: from its file, into a store that `empty` makes, else those of `run`, which are then kept."""
         if self.folder is None:
             return run()
-        path = self.folder.expanduser() / f"{key}.safetensors"
+        path = expanded(self.folder) / f"{key}.safetensors"
         found = load(path, key, empty)
         self.used = found is not None
         if found is not None:

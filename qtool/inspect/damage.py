@@ -8,6 +8,7 @@ from typing import Any
 
 from qtool import digests, keeping, manifest
 from qtool.errors import CheckpointError, InputError, VerificationError
+from qtool.files import expanded
 from qtool.inspect import graph
 from qtool.inspect.files import Step, no_steps
 from qtool.onnx_graph.builder import DATA_FILE
@@ -21,7 +22,7 @@ def damage(path: str, step: Step = no_steps) -> list[str]:
     the sha256 that it carries. Nothing is known of files that qtool did not write. Raises VerificationError for a
     manifest that says nothing about the other files, as it is not what was written; CheckpointError.
     """
-    place = Path(path).expanduser()
+    place = expanded(path)
     alone = place.suffix.lower() == ".gguf" and place.is_file()
     folder = place.parent if alone else place
     problems = [text for file in ([place] if alone else sorted(folder.glob("*.gguf"))) for text in _wrong_seal(file)]

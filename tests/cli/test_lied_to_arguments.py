@@ -122,6 +122,13 @@ def test_paths(path: str, message: str, command: str, run: Run, place: Path) -> 
     refused(run, COMMANDS[command].replace("MODEL", path), message, place)
 
 
+@pytest.mark.parametrize(("path", "message"), [
+    ("~nobody-here/x", "~nobody-here/x: no such file or folder"), ("absent", "absent: no such file or folder"),
+    ("a" * 5000, "too long to be a path or a Hub id")])
+def test_paths_to_verify(path: str, message: str, run: Run, place: Path) -> None:
+    refused(run, f"inspect {path} --verify", message, place)
+
+
 def partial(place: Path) -> None:
     (place / "out.partial").mkdir()
     (place / "out.partial" / "precious.txt").write_text("mine")
