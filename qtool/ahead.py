@@ -1,4 +1,4 @@
-"""Work on tensors that is done in threads, ahead of the one that writes what comes of it, in order."""
+"""Work on tensors that is done in threads, in order: ahead of the one that writes what comes of it, and behind it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,39 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int, wai
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(usual)
+
+
+class Behind:
+    """Calls that are made in a thread, one after the other; `waiting` of them at most have not been made.
+
+    What one of them raises is raised by a later `add`, or by `wait`. Leave the context with `wait` done: what was not
+    made by then is not made. On a machine, or with a setting, of one thread each is made at once.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self._waiting, self._begun = waiting, deque[Future[None]]()
+        self._pool = ThreadPoolExecutor(1) if torch.get_num_threads() > 1 else None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def add(self, call: Callable[[], None]) -> None:
+        if self._pool is None:
+            call()
+            return
+        while len(self._begun) >= self._waiting:
+            self._begun[0].result()
+            self._begun.popleft()
+        self._begun.append(self._pool.submit(call))
+
+    def wait(self) -> None:
+        """Until all that was added when this was called has been made; from any thread."""
+        for one in tuple(self._begun):
+            one.result()
 
 
 def _in_order(pool: ThreadPoolExecutor, make: Callable[[Item], Made], items: Iterable[Item],

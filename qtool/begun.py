@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import deque
 from pathlib import Path
+
+from qtool import files
 
 CHUNK_BYTES = 16 << 20  # between two chunks a thread waits for the interpreter, which imports
 WAIT_SECONDS = 0.05
@@ -23,12 +24,9 @@ class _Begun:
 
     def run(self) -> None:
         try:
-            digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
             with self.path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    digest.update(buffer[:count])
-                unchanged = _stamp_of(os.fstat(file.fileno())) == self.stamp
-            self.sha256 = digest.hexdigest() if unchanged else None
+                found = files.sha256(file, CHUNK_BYTES)
+                self.sha256 = found if _stamp_of(os.fstat(file.fileno())) == self.stamp else None
         except (OSError, MemoryError):
             pass  # whoever asks for the hash reads the file and says what is wrong
         finally:

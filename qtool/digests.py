@@ -10,7 +10,7 @@ from threading import Event
 
 import torch
 
-from qtool import manifest
+from qtool import files, manifest
 from qtool.checkpoint.header import read_header
 
 Places = Sequence[tuple[str, int, int]]  # name, offset in the file, bytes
@@ -28,15 +28,15 @@ def of_folder(folder: Path, elsewhere: Mapping[str, Places] | None = None,
 
     elsewhere: where tensors lie in files that do not say so themselves.  known: files that need not be read again.
     """
-    files, tensors = {}, dict[str, str]()
+    outputs, tensors = {}, dict[str, str]()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in SCRATCH and not path.name.startswith(STREAM):
             length, whole, inside = (known or {}).get(path.name, (-1, "", {}))
             if length != path.stat().st_size:
                 whole, inside = of_file(path, (elsewhere or {}).get(path.name) or places(path))
-            files[path.name] = whole
+            outputs[path.name] = whole
             tensors |= inside
-    return {"outputs": files, "tensors": tensors}
+    return {"outputs": outputs, "tensors": tensors}
 
 
 def places(path: Path) -> Places:
@@ -72,11 +72,8 @@ def of_file(path: Path, tensors: Places = ()) -> tuple[str, dict[str, str]]:
 
 
 def _whole(path: Path, stop: Event) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while not stop.is_set() and (got := file.readinto(buffer)):
-            digest.update(buffer[:got])
-    return digest.hexdigest()
+        return files.sha256(file, CHUNK_BYTES, stop.is_set)
 
 
 def of_values(weight: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ source bit for bit; a pair of formats that cannot hold the same numbers is refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,7 @@ from qtool import (
     storage,
     transfer,
 )
-from qtool.ahead import ahead
+from qtool.ahead import Behind, ahead
 from qtool.checkpoint.reader import refuse_non_finite
 from qtool.checkpoint.tensor_io import as_bytes
 from qtool.checkpoint.writer import ShardWriter, plan_shards
@@ -45,7 +45,7 @@ from qtool.workspace import Workspace, recover, refuse_existing
 DENSE = "hf"
 SHARD_BYTES = 4_000_000_000
 PIECE_BYTES = 8 << 20  # of a large tensor that is copied
-AHEAD = 2  # tensors, or parts of large ones, in memory: one that is read, one that is written
+AHEAD, BEHIND = 2, 1  # tensors, or parts of large ones, in memory: one that is read, one written, one compared
 ALREADY = "it was there already: this command finished it before"
 NONE = torch.empty(0)
 
@@ -224,20 +224,22 @@ class _Checked:
 
 
 def _write(job: Export, work: Workspace, checked: _Checked, names: Sequence[str], step: inspect.Step) -> None:
-    """Write all tensors that are not there yet. The next one is read and packed while one is written and compared."""
+    """Write all tensors that are not there yet: one is read and packed, one written and one compared at a time."""
     first = len(names) if WRITTEN in work.finished else work.finished.get(SOME, {}).get("count", 0)
     pieces = (piece for name in names[first:] for piece in _pieces(job, name))
 
     def durable() -> None:
+        checks.wait()
         checked.writer.sync()
         heap.give_back()  # tensors of all sizes that live in several threads leave holes
 
     left = unwritten(work, names, lambda name: job.source.specs[name].nbytes, durable)
-    with left as named, ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
+    with Behind(BEHIND) as checks, left as named, ahead(lambda piece: _read(job, piece), pieces, 1, AHEAD) as made:
         for done, name in named:
             step(done, len(names), name)
             for piece in _pieces(job, name):
-                _store(job, checked, piece, next(made))
+                checks.add(_stored(job, checked, piece, next(made)))
+        checks.wait()
 
 
 @dataclass(frozen=True)
@@ -281,26 +283,31 @@ def _read(job: Export, piece: _Piece) -> Any:
     return rows
 
 
-def _store(job: Export, checked: _Checked, piece: _Piece, made: Any) -> None:
-    """Write a piece; then what lies in the file against the source."""
+def _stored(job: Export, checked: _Checked, piece: _Piece, made: Any) -> Callable[[], None]:
+    """Write a piece; returns what compares that which then lies in the file with the source, in any thread."""
     writer = checked.writer
     if piece.linear is not None:
-        _store_linear(job, checked, piece, made)
-        return
+        names = list(made.packed)
+        for name in names:
+            writer.write(name, made.packed.pop(name))
+        return lambda: _check_linear(job, checked, piece, made, names)
     if piece.rows is None:
         writer.write(piece.name, made)
     else:
         writer.write_rows(piece.name, piece.rows[0], made)
+    return lambda: _check(checked, piece, made)
+
+
+@torch.inference_mode()
+def _check(checked: _Checked, piece: _Piece, made: torch.Tensor) -> None:
     if not same_bits(checked.read_back(piece.name, piece.rows), made):
-        raise VerificationError(f"{piece.name}: what was read back from {writer.folder} differs from what was written; "
-                                "the disk or the memory of this machine may be faulty")
+        raise VerificationError(f"{piece.name}: what was read back from {checked.writer.folder} differs from what was "
+                                "written; the disk or the memory of this machine may be faulty")
 
 
-def _store_linear(job: Export, checked: _Checked, piece: _Piece, made: _Linear) -> None:
+@torch.inference_mode()
+def _check_linear(job: Export, checked: _Checked, piece: _Piece, made: _Linear, names: Sequence[str]) -> None:
     assert piece.linear is not None
-    names = list(made.packed)
-    for name in names:
-        checked.writer.write(name, made.packed.pop(name))
     back = {name: checked.read_back(name) for name in names}
     read = repacking.without(back, made.route.target if made.route else None)
     again = job.target.unpack(piece.linear, read, job.schemes[piece.linear], job.source.specs[piece.name].shape)

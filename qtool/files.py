@@ -1,11 +1,13 @@
-"""Opening a file that someone else made: only a regular one. A pipe or a device may block, or never end."""
+"""Opening a file of someone else: only a regular one, as a pipe or a device may block, or never end. Its hash."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -33,3 +35,14 @@ def read_limited(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit >> 10:,} KiB", str(path))
     return content
+
+
+def sha256(file: io.RawIOBase, piece: int, stopped: Callable[[], bool] = lambda: False) -> str:
+    """Of a file from where it is read next, in hex, `piece` bytes at a time; of a part of it, once `stopped` says so.
+
+    Raises OSError.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(piece))
+    while not stopped() and (count := file.readinto(buffer)):
+        digest.update(buffer[:count])
+    return digest.hexdigest()

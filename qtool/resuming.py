@@ -14,7 +14,7 @@ from qtool.workspace import Workspace
 
 WRITTEN = "weights"  # the stage of the journal after which no tensor is written again
 SOME = "some weights"  # the stage that says how many are
-RECORDED = 256 << 20  # bytes that are written between two lines of the journal
+RECORDED = 512 << 20  # bytes that are written between two lines of the journal
 Item = TypeVar("Item")
 
 

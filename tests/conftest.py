@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests import tiny
+from tests.cli.conftest import make
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as gptq stores it, 4 bits, whose zero points and scales every format can hold."""
+    place = tmp_path_factory.mktemp("packed")
+    make("quantize", tiny.make(place / "tiny", "llama"), "--method", "rtn", "--group-size", "32", "--format", "gptq",
+         "--dtype", "float16", "--out", place / "packed", "--quiet")
+    return place / "packed"

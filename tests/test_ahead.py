@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qtool import digests, export
-from qtool.ahead import ahead
+from qtool import digests, export, resuming
+from qtool.ahead import Behind, ahead
 from qtool.checkpoint.writer import ShardWriter
 from qtool.decode import open_model
 from qtool.errors import CheckpointError, VerificationError
-from tests import tiny
-from tests.cli.conftest import make
+from qtool.workspace import Workspace
 from tests.test_pipeline import contents
 
 
@@ -25,15 +25,6 @@ def two_threads() -> object:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in the format of GPTQ."""
-    place = tmp_path_factory.mktemp("ahead")
-    make("quantize", tiny.make(place / "tiny", "llama"), "--method", "rtn", "--group-size", "32", "--format", "gptq",
-         "--dtype", "float16", "--out", place / "packed", "--quiet")
-    return place / "packed"
 
 
 def test_in_order_and_never_too_far_ahead(two_threads: None) -> None:
@@ -72,6 +63,65 @@ def test_what_fails_ahead_ends_it(two_threads: None) -> None:
 def test_one_thread_is_this_one() -> None:
     with ahead(lambda _: threading.current_thread(), range(3), 1, 2) as made:
         assert set(made) == {threading.main_thread()}
+
+
+def test_behind_in_order_and_never_too_far(two_threads: None) -> None:
+    go, made = threading.Event(), []
+    with Behind(2) as behind:
+        for number in range(2):
+            behind.add(lambda number=number: made.append((number, go.wait(10))))
+        assert not made
+        threading.Timer(0.05, go.set).start()
+        behind.add(lambda: made.append((2, threading.current_thread() is not threading.main_thread())))
+        assert made[:1] == [(0, True)]  # a third waits for the first
+        behind.wait()
+        assert made == [(0, True), (1, True), (2, True)]
+
+
+@pytest.mark.parametrize("later", ["add", "wait"])
+def test_what_fails_behind_is_told_and_nothing_after_it_counts(later: str, two_threads: None) -> None:
+    def fails() -> None:
+        raise VerificationError("three")
+
+    with Behind(1) as behind, pytest.raises(VerificationError, match="three"):
+        behind.add(fails)
+        if later == "add":
+            behind.add(print)
+        behind.wait()
+    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]
+
+
+def test_behind_with_one_thread_is_at_once() -> None:
+    with Behind(1) as behind:
+        made: list[threading.Thread] = []
+        behind.add(lambda: made.append(threading.current_thread()))
+        assert made == [threading.main_thread()]
+
+
+def test_nothing_unchecked_is_recorded(packed: Path, tmp_path: Path, two_threads: None,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of the journal waits for the comparisons of what it counts."""
+    monkeypatch.setattr(resuming, "RECORDED", 1)
+    recorded, compared = [], 0
+    real, check = Workspace.record, export._check_linear
+
+    def slow(*given: object) -> None:
+        nonlocal compared
+        time.sleep(0.02)
+        check(*given)
+        compared += 1
+
+    def record(self: Workspace, stage: str, told: dict[str, object]) -> None:
+        recorded.append((told.get("count"), compared))
+        real(self, stage, told)
+
+    monkeypatch.setattr(export, "_check_linear", slow)
+    monkeypatch.setattr(Workspace, "record", record)
+    source = open_model(str(packed))
+    export.run(export.make_export(source, "awq", tmp_path / "out"))
+    linears = [name.removesuffix(".weight") in source.schemes for name in source.specs]
+    counts = [(count, seen) for count, seen in recorded if count is not None]
+    assert len(counts) == len(linears) and all(seen >= sum(linears[:count]) for count, seen in counts)
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "hf"])

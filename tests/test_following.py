@@ -20,20 +20,9 @@ from qtool.errors import CheckpointError, StorageError, VerificationError
 from qtool.following import Following
 from qtool.tensors import TensorSpec
 from qtool.workspace import Workspace
-from tests import tiny
-from tests.cli.conftest import make
 from tests.test_pipeline import contents
 
 SPECS = [TensorSpec(name, torch.float32, (16, 33)) for name in "abc"]
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in compressed-tensors, 4 bits, whose zero points and scales every format can hold."""
-    place = tmp_path_factory.mktemp("following")
-    make("quantize", tiny.make(place / "tiny", "llama"), "--method", "rtn", "--group-size", "32", "--format", "gptq",
-         "--dtype", "float16", "--out", place / "packed", "--quiet")
-    return place / "packed"
 
 
 def written(folder: Path, order: str, pieces: int = 1) -> dict[str, digests.Known]:

@@ -66,9 +66,14 @@ class PartFile:
             self._dirty = True  # not before: what another thread syncs meanwhile may lack some of it
 
     def read(self, spec: TensorSpec, offset: int) -> torch.Tensor:
-        """The tensor as it is in the file now (zeros where it has not been written)."""
+        """The tensor as it is in the file now (zeros where it has not been written); also from another thread than the
+        one that writes."""
         try:
-            tensor = read_tensor(self._opened(), spec, offset)
+            descriptor = self._open()
+            try:
+                tensor = read_tensor(descriptor, spec, offset)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise StorageError(f"{self.path}{PART}: tensor '{spec.name}' cannot be read back: "
                                f"{error.strerror}") from None

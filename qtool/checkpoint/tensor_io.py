@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qtool import begun
+from qtool import begun, files
 from qtool.errors import CheckpointError
 from qtool.tensors import TensorSpec
 
@@ -65,14 +65,11 @@ def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
     """stop: set from another thread, it ends this one before its time."""
     if (early := begun.taken(path, stop)) is not None:
         return early
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(HASH_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
-            while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
-                digest.update(buffer[:count])
+            return files.sha256(file, HASH_BYTES, stop.is_set if stop else bool)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def sha256_with(descriptor: int, blank: slice) -> str:

@@ -106,9 +106,9 @@ class ShardWriter:
         file.write(as_bytes(tensor.detach().cpu().contiguous()), offset, name)
 
     def read_back(self, name: str) -> torch.Tensor:
-        """The tensor as it is in the file now (zeros where it has not been written)."""
-        spec, file, offset = self._use(name)
-        return file.read(spec, offset)
+        """The tensor as it is in the file now (zeros where it has not been written); from any thread."""
+        spec, shard, offset = self._places[name]
+        return self._files[shard.file_name].read(spec, offset)
 
     def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Write some rows of a tensor, contiguous on the CPU, from row `start` on."""
@@ -117,10 +117,10 @@ class ShardWriter:
         file.write(as_bytes(rows), offset + start * (spec.nbytes // spec.shape[0]), name)
 
     def read_rows_back(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start .. stop as they are in the file now."""
-        spec, file, offset = self._use(name)
+        """Rows start .. stop as they are in the file now; from any thread."""
+        spec, shard, offset = self._places[name]
         rows = TensorSpec(name, spec.dtype, (stop - start, *spec.shape[1:]))
-        return file.read(rows, offset + start * (spec.nbytes // spec.shape[0]))
+        return self._files[shard.file_name].read(rows, offset + start * (spec.nbytes // spec.shape[0]))
 
     @property
     def names(self) -> list[str]:

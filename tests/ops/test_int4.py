@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,14 +15,6 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 LAYOUTS = st.sampled_from([int4.ALONG_ROWS, int4.TRANSPOSED, int4.AWQ])
 SIDES = st.one_of(st.integers(0, 6), st.sampled_from([15, 16, 17, 33])).map(lambda eights: 8 * eights)
 anything = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    ops.force_instruction_set("")
 
 
 def laid_out(codes: torch.Tensor, layout: int) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,14 +9,6 @@ from qtool import ops
 from tests.ops import cases
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no compiled extension")
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    ops.force_instruction_set("")
 
 
 def everything(rows: int, columns: int, group: int, bits: int) -> list[torch.Tensor]:
