@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qtool import found
+from qtool import found, heap
 from qtool.budget import MEASURED
 from qtool.models.backward import ROWS
 from qtool.models.skeleton import Skeleton
+from qtool.plan_learning import LOGITS
 from qtool.recipe import Recipe
 from qtool.tensors import CHUNK_ELEMENTS, any_number
 
@@ -224,21 +225,20 @@ def _state(work: Work) -> int:
 
 
 def _distilling(work: Work) -> int:
-    """Of learning on the whole model (learning/whole.py): codes, moves and what enters each block of a step, in memory
-    within their shares of the budget; a block with its slopes; the head's logits, the original's and both slopes."""
+    """Of learning on the whole model (learning/whole.py): codes, moves and what enters the blocks, in memory within
+    their shares of the budget; the output head; a block with its slopes, and logits with theirs, which
+    are not there at one time, but the heap keeps small ones."""
     blocks = [stage for stage in work.stages if stage.block is not None]
     elements = [sum(one.shape[0] * one.shape[1] for one in stage.linears) for stage in blocks]
     budget, largest, total = int(work.recipe.memory_budget_gb * 1e9), max(elements), sum(elements)
     held = total * (5 if work.latent else 1)
-    state = _state(work)
     entering = (len(blocks) + 1) * work.distilling * work.skeleton.hidden * work.compute_dtype.itemsize
-    kept = sum(size for size, share in ((held, budget // 2), (state, budget // 4), (entering, budget // 4))
-               if size <= share)
-    vocabulary, batch = work.skeleton.vocabulary, work.recipe.calibration.batch_tokens or 0
-    head = vocabulary * (work.skeleton.hidden * (work.model_dtype.itemsize + work.compute_dtype.itemsize)
-                         + 4 * batch * work.compute_dtype.itemsize)
-    block = largest * (24 if work.latent else 16) + _backward(work)
-    return kept + max(head, block)
+    kept = sum(size for size, share in ((held, budget // 2), (_state(work), budget // 4), (entering, budget // 4),
+                                        (_stream(work), budget // 4)) if size <= share)
+    around = work.skeleton.vocabulary * work.skeleton.hidden * (work.model_dtype.itemsize + work.compute_dtype.itemsize)
+    some = min(LOGITS, work.distilling) * work.skeleton.vocabulary * work.compute_dtype.itemsize
+    logits, block = 8 * some, largest * (24 if work.latent else 16) + _backward(work)
+    return kept + around + (logits + block if some < heap.MAPPED_FROM else max(logits, block))
 
 
 def _groups(stage: Stage) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qtool.plan import Plan
 
 Steps = tuple[tuple[ModuleType, Any], ...]
+LOGITS = 128  # tokens whose logits are in memory while the whole model learns
 BLOCK, MODEL = "block", "model"  # what a step's LEARNS says: on each block when it is solved, or on all at the end
 
 

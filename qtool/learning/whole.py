@@ -27,10 +27,10 @@ from qtool.models.blocks import BlockArguments, Read
 from qtool.models.skeleton import Skeleton
 from qtool.models.statistics import block_output
 from qtool.models.streams import StreamStore
+from qtool.plan_learning import LOGITS
 from qtool.tensors import all_finite
 
 NOW, MEAN, SQUARE, BEST = range(4)  # the rows of a shelf: what is learned, Adam's means, the best so far
-ROWS = 128  # of logits that are in float32 at a time
 
 
 class Part(Protocol):
@@ -119,7 +119,7 @@ class Chain:
         hidden, length = setting.skeleton.hidden, setting.ids.shape[1]
         self.kept = StreamStore(len(parts), samples * length, hidden, setting.dtype, setting.budget, setting.folder)
         self.runner = blocks.without_blocks(setting.skeleton, "", self._visit, setting.head, setting.device,
-                                            setting.dtype)
+                                            setting.dtype, embedded=True)
         self._state: torch.Tensor | None = None
 
     def groups(self) -> list[list[slice]]:
@@ -216,28 +216,36 @@ class Chain:
     def _head(self, batch: slice, hidden: torch.Tensor, moves: weights.Moves | None,
               share: float) -> tuple[float, torch.Tensor]:
         """(share of the mean KL per token of this batch, its slope in `hidden`); fills the slopes of `moves`."""
-        setting, last = self.setting, len(self.parts) - 1
-        exits = setting.exits.read(batch).to(device=setting.device, dtype=setting.dtype, copy=True)
-        ids = setting.ids[batch].to(setting.device)
-        with torch.no_grad():
-            goal = self._logits(ids, exits, {})
+        setting, exits, last = self.setting, self.setting.exits.read(batch), len(self.parts) - 1
+        tokens, losses = exits.shape[0] * exits.shape[1], []
         training = moves is not None
         now = moves if moves is not None else self.shelf.views(last, self.shelf.rows(last)[NOW])
-        hidden = hidden.detach().requires_grad_(training)
-        with torch.set_grad_enabled(training):
-            made = weights.parameters(self.parts[last].begin(), now)
-            logits = self._logits(ids, hidden, {path: made[name].to(setting.dtype)
-                                                for path, name in self.around.items()})
-        loss, slope = divergence(goal, logits.detach(), share / (ids.shape[1] * len(ids)), training)
-        if not math.isfinite(loss):
+        slope = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        flat = [tensor.reshape(1, -1, tensor.shape[-1]) for tensor in (exits, hidden, slope)]
+        for start in range(0, tokens, LOGITS):  # what follows the blocks looks at one token at a time
+            rows = slice(start, start + LOGITS)
+            exit_, entrance, into = (tensor[:, rows] for tensor in flat)
+            with torch.no_grad():
+                goal = self._logits(exit_.to(device=setting.device, dtype=setting.dtype, copy=True), {})
+            entrance = entrance.detach().requires_grad_(training)
+            with torch.set_grad_enabled(training):
+                made = weights.parameters(self.parts[last].begin(), now)
+                logits = self._logits(entrance, {path: made[name].to(setting.dtype)
+                                                 for path, name in self.around.items()})
+            loss, of_logits = divergence(goal, logits.detach(), share / tokens, training)
+            losses.append(loss)
+            if training:
+                torch.autograd.backward(logits, of_logits)
+                assert entrance.grad is not None
+                into.copy_(entrance.grad)
+        if not all(map(math.isfinite, losses)):
             raise NumericalError("distill: the divergence from the original model is not finite; use smaller rates")
-        if training:
-            torch.autograd.backward(logits, slope)
-        return loss, hidden.grad if hidden.grad is not None else hidden
+        return math.fsum(losses), slope
 
-    def _logits(self, ids: torch.Tensor, hidden: torch.Tensor, changed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor, changed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         self._state = hidden
-        logits: torch.Tensor = functional_call(self.runner, dict(changed), (ids,), {"use_cache": False}).logits
+        logits: torch.Tensor = functional_call(self.runner, dict(changed), (),
+                                               {"inputs_embeds": hidden, "use_cache": False}).logits
         return logits
 
     def _visit(self, _index: int, _hidden: torch.Tensor, _args: Any, _kwargs: Any) -> Any:
@@ -266,15 +274,12 @@ def divergence(goal: torch.Tensor, logits: torch.Tensor, share: float,
                sloped: bool) -> tuple[float, torch.Tensor]:
     """share times the sum of KL(softmax goal || softmax logits) over rows of [..., V], and its slope in the logits (in
     place of `goal`, which is used up)."""
-    flat, wanted, total = logits.reshape(-1, logits.shape[-1]), goal.reshape(-1, goal.shape[-1]), []
-    for start in range(0, len(flat), ROWS):
-        rows = slice(start, start + ROWS)
-        ours, theirs = flat[rows].float().log_softmax(-1), wanted[rows].float().log_softmax(-1)
-        probability = theirs.exp()
-        total.append(float((probability * (theirs - ours)).sum(dtype=torch.float64)))
-        if sloped:
-            wanted[rows] = ((ours.exp() - probability) * share).to(goal.dtype)
-    return share * math.fsum(total), goal
+    ours, theirs = logits.float().log_softmax(-1), goal.float().log_softmax(-1)
+    probability = theirs.exp()
+    total = float((probability * (theirs - ours)).sum(dtype=torch.float64))
+    if sloped:
+        goal.copy_((ours.exp() - probability) * share)
+    return share * total, goal
 
 
 def learn(chain: Chain, progress: Progress, options: Any, save: Callable[[Progress], None],

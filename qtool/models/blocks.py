@@ -213,11 +213,14 @@ def _capture(skeleton: Skeleton, read: Read, ids: torch.Tensor, store: StreamSto
 
 
 def without_blocks(skeleton: Skeleton, path: str, visit: Callable[[int, torch.Tensor, Any, Any], Any], read: Read,
-                   device: torch.device, dtype: torch.dtype) -> nn.Module:
+                   device: torch.device, dtype: torch.dtype, embedded: bool = False) -> nn.Module:
     """A copy of the submodule at `path` ("": the whole model) with its weights, except that block i only returns what
-    visit(i, hidden states, other arguments, keyword arguments) does."""
+    visit(i, hidden states, other arguments, keyword arguments) does. embedded: to be called with inputs_embeds, so the
+    whole model needs no embeddings."""
     blocks = skeleton.model.get_submodule(skeleton.blocks[0].rpartition(".")[0])
     recorders = nn.ModuleList(_Recorder(block, index, visit) for index, block in enumerate(blocks.children()))
     runner = copy.deepcopy(skeleton.model.get_submodule(path), {**_shared(skeleton), id(blocks): recorders})
+    if embedded:
+        runner.set_input_embeddings(nn.Identity())  # type: ignore[operator]
     fill(skeleton, runner, path + "." if path else "", read, device, dtype)
     return runner

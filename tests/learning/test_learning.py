@@ -11,6 +11,7 @@ import torch
 from qtool import decode, flags, html_report, inspect, learned, manifest, recipe, redo
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import PlanError
+from qtool.learning import whole
 from qtool.models import calibration
 from qtool.recipe import Calibration
 from tests import tiny
@@ -93,6 +94,16 @@ def test_the_files_have_the_divergence_that_learning_ended_with(family: str, wha
     assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=2e-3)
     assert all(layer["relative_error"] is None and layer["weight_error"] > 0 for layer in made["layers"])
     assert not faults(tmp_path / "out")
+
+
+def test_logits_of_some_tokens_at_a_time_are_those_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.make(tmp_path / "model", "gemma2")
+    curves = []
+    for rows in (5, 1000):
+        monkeypatch.setattr(whole, "LOGITS", rows)
+        curve = run(model, tmp_path / str(rows), "distill")["learned"]["curve"]
+        curves.append([value for point in curve for value in (point["fitting"] or 0.0, point["held_out"])])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["aqlm", "lloyd4"])
