@@ -1,6 +1,8 @@
-"""GPTQModel's AWQ on the same calibration ids, timed: another peer of `--method awq`.
+"""GPTQModel's AWQ or GPTQ on the same calibration ids, timed: another peer of these methods.
 
-    python peer_gptqmodel.py MODEL OUT IDS.safetensors [--group 64]
+    python peer_gptqmodel.py MODEL OUT IDS.safetensors [--method awq|gptq] [--bits 4] [--group 64] [--asymmetric]
+
+awq: always 4 bits with zero points.  gptq: all else is its default.
 
 Prints one JSON line.
 """
@@ -20,12 +22,17 @@ parser = argparse.ArgumentParser()
 parser.add_argument("model")
 parser.add_argument("out")
 parser.add_argument("ids")
+parser.add_argument("--method", choices=("awq", "gptq"), default="awq")
+parser.add_argument("--bits", type=int, default=4)
 parser.add_argument("--group", type=int, default=64)
+parser.add_argument("--asymmetric", action="store_true")
 options = parser.parse_args()
 
 ids = load_file(options.ids)["ids"]
 samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
-settings = QuantizeConfig(bits=4, group_size=options.group, sym=False, method="awq", format="gemm", device="cpu")
+how = ({"bits": 4, "sym": False, "method": "awq", "format": "gemm"} if options.method == "awq" else
+       {"bits": options.bits, "sym": not options.asymmetric})
+settings = QuantizeConfig(group_size=options.group, device="cpu", **how)
 model = GPTQModel.load(options.model, settings)
 start = time.perf_counter()
 model.quantize(samples, batch_size=1)

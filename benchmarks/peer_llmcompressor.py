@@ -1,8 +1,9 @@
 """A method of llm-compressor on the same calibration ids, timed: the peer beside which qtool is measured.
 
     python peer_llmcompressor.py MODEL OUT IDS.safetensors [--method gptq|awq|w8a8|fp8] [--bits 4] [--group 64]
+        [--asymmetric] [--dense]
 
-awq: asymmetric groups, rounded.  w8a8: SmoothQuant, then GPTQ, per channel, inputs per token.  fp8: FP8_DYNAMIC.
+awq: asymmetric groups, rounded.  --dense: the rounded weights are saved as they are, as every version reads them.  w8a8: SmoothQuant, then GPTQ, per channel, inputs per token.  fp8: FP8_DYNAMIC.
 Loads the model in float32 where the CPU has no bfloat16 units (bfloat16 products would be hundreds of times slower
 there), in its own dtype elsewhere. The output is saved as bfloat16. Prints one JSON line.
 """
@@ -27,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HEAD = ["lm_head"]
 
 
-def recipe(method: str, bits: int, group: int) -> list[Any]:
-    arguments = QuantizationArgs(num_bits=bits, type="int", symmetric=method != "awq", strategy="group",
+def recipe(method: str, bits: int, group: int, symmetric: bool) -> list[Any]:
+    arguments = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group",
                                  group_size=group, **({"actorder": "static"} if method == "gptq" else {}))
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)}
     if method == "awq":
@@ -47,6 +48,8 @@ parser.add_argument("ids")
 parser.add_argument("--method", choices=("gptq", "awq", "w8a8", "fp8"), default="gptq")
 parser.add_argument("--bits", type=int, default=4)
 parser.add_argument("--group", type=int, default=64)
+parser.add_argument("--asymmetric", action="store_true")
+parser.add_argument("--dense", action="store_true")
 options = parser.parse_args()
 
 torch.manual_seed(0)
@@ -59,9 +62,10 @@ samples = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.
 data = {} if options.method == "fp8" else {
     "dataset": samples, "max_seq_length": ids.shape[1], "num_calibration_samples": len(ids)}
 start = time.perf_counter()
-oneshot(model=model, recipe=recipe(options.method, options.bits, options.group), **data)
+oneshot(model=model, recipe=recipe(options.method, options.bits, options.group,
+                                   options.method != "awq" and not options.asymmetric), **data)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-model.to(torch.bfloat16).save_pretrained(options.out, save_compressed=True)
+model.to(torch.bfloat16).save_pretrained(options.out, save_compressed=not options.dense)
 AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
 print(json.dumps({"tool": "llm-compressor", "seconds": round(seconds, 1), "peak_rss_mb": round(peak)}))
