@@ -66,6 +66,12 @@ oneshot(model=model, recipe=recipe(options.method, options.bits, options.group,
                                    options.method != "awq" and not options.asymmetric), **data)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-model.to(torch.bfloat16).save_pretrained(options.out, save_compressed=not options.dense)
+model = model.to(torch.bfloat16)
+if options.dense:
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    dense.load_state_dict(model.state_dict(), strict=False)  # without its scales and zero points
+    dense.save_pretrained(options.out)
+else:
+    model.save_pretrained(options.out, save_compressed=True)
 AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
 print(json.dumps({"tool": "llm-compressor", "seconds": round(seconds, 1), "peak_rss_mb": round(peak)}))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import qtool
-from qtool import console, failures, flags
+from qtool import console, failures, flags, heap
 from qtool import options as o
 from qtool.errors import InputError, QtoolError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Turns Hugging Face checkpoints into quantized ones, block by block, on machines far smaller than the model.",
 )
 
+LEAST = 16 << 20  # bytes of memory for any command: with less, libraries in Rust would end the process
 GOES_ON = {
     "quantize": "; finished blocks are kept, the same command goes on from there",
     "jobs": "; finished blocks are kept, the same command goes on from there",
@@ -199,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets ?, not a crash
     try:
         with _stoppable():
+            heap.reserve(LEAST)
             app(given, prog_name="qtool")
     except Stopped as stop:
         _leave(stop.number, given)

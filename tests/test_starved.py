@@ -65,7 +65,7 @@ def failed(ended: Done) -> Done:
     return ended
 
 
-@pytest.mark.parametrize("beyond", [1, 12, 24])
+@pytest.mark.parametrize("beyond", [1, 12, 24, 32])
 def test_quantize_in_too_little_memory_goes_on_with_more(beyond: int, starver: Starver, model: Path, done: Path,
                                                          tmp_path: Path) -> None:
     command = ["quantize", model, "--method", "gptq", "--out", tmp_path / "out", *SMALL]
@@ -75,23 +75,25 @@ def test_quantize_in_too_little_memory_goes_on_with_more(beyond: int, starver: S
 
 
 def test_a_kernel_without_memory_is_a_memory_error(starver: Starver) -> None:
-    """Allocations inside the kernels: in a thread of their own, and on the calling one."""
+    """Allocations inside the kernels, in a thread of their own and on the calling one: of some of these limits they are
+    the first to fail, of others torch's own, as the heap happens to lie."""
     script = """
 import resource
 from pathlib import Path
 import torch
-from qtool import ops
+from qtool import heap, ops
 weight, ones = torch.ones(16, 1 << 20), torch.ones(1 << 20)
 held = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + (20 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (held + (int(ARGUMENTS[0]) << 20),) * 2)
 try:
     ops.fit_affine(weight, ones, 1 << 20, 4, True, torch.float32)
-except MemoryError as error:
-    print('MemoryError')
+except Exception as error:
+    print(type(error).__name__ if heap.is_exhausted(error) else error)
 """
     if not __import__("qtool.ops").ops.native_available():
         pytest.skip("no compiled kernels")
-    assert clean(starver.run(script=script)).out == "MemoryError\n"
+    seen = {clean(starver.run(beyond, script=script)).out.strip() for beyond in range(8, 40, 4)}
+    assert "MemoryError" in seen and seen <= {"MemoryError", "RuntimeError", ""}
 
 
 def test_many_shards_need_few_open_files(starver: Starver, model: Path, tmp_path: Path) -> None:
