@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import begun, console, heap
+from qtool import begun, console, found, heap
 from qtool.errors import InputError
 from qtool.files import expanded
 
@@ -30,6 +30,7 @@ class Wanted:
 
 
 # option, the field of Wanted, the target that it is for
+APART = ("gguf", "imatrix", "onnx")  # targets that no format of weights alone can be
 ONLY_FOR = (("--type", "type", "gguf"), ("--imatrix", "imatrix", "gguf"),
             ("--accuracy-level", "accuracy_level", "onnx"), ("--dtype", "dtype", "onnx"),
             ("--calibration", "calibration", "imatrix"), ("--samples", "samples", "imatrix"),
@@ -67,6 +68,8 @@ def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
             return retype, job
     from qtool.decode import open_model
 
+    if wanted.to not in APART:
+        found.load("formats", wanted.to, APART)  # an unknown one is told before the checkpoint is read
     source = open_model(path)
     if wanted.to == "gguf":
         from qtool import export_gguf

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,13 +35,15 @@ def _collected(folder: str) -> dict[str, Any]:
             for name, member in importlib.import_module(f"qtool.{folder}.{file}").MEMBERS.items()}
 
 
-def load(folder: str, name: str) -> ModuleType:
-    """The module of one member (or an object like one). Raises RecipeError with the nearest name for an unknown one."""
+def load(folder: str, name: str, others: Sequence[str] = ()) -> ModuleType:
+    """The module of one member (or an object like one). Raises RecipeError with the nearest name for an unknown one.
+
+    others: names that may be given there too, and are no members."""
     if name in _collected(folder):
         member: ModuleType = _collected(folder)[name]
         return member
-    known = _names(folder)
-    if name not in known:
+    known = sorted({*_names(folder), *others})
+    if name not in _names(folder):
         close = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise RecipeError(f"unknown {folder[:-1]} '{name}'{hint} (known: {', '.join(known)})")
