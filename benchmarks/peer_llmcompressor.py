@@ -3,7 +3,8 @@
     python peer_llmcompressor.py MODEL OUT IDS.safetensors [--method gptq|awq|w8a8|fp8] [--bits 4] [--group 64]
         [--asymmetric] [--dense]
 
-awq: asymmetric groups, rounded.  --dense: the rounded weights are saved as they are, as every version reads them.  w8a8: SmoothQuant, then GPTQ, per channel, inputs per token.  fp8: FP8_DYNAMIC.
+awq: asymmetric groups, rounded.  w8a8: SmoothQuant, then GPTQ, per channel, inputs per token.  fp8: FP8_DYNAMIC.
+--dense: the rounded weights are saved as they are, as every version reads them.
 Loads the model in float32 where the CPU has no bfloat16 units (bfloat16 products would be hundreds of times slower
 there), in its own dtype elsewhere. The output is saved as bfloat16. Prints one JSON line.
 """
