@@ -22,10 +22,9 @@ WORK=${WORK:-bench-work/learned}
 PYTHON=${PYTHON:-.venv/bin/python}
 mkdir -p "$WORK"
 environment() {  # folder, packages...
-  local folder=$1
-  shift
-  [ -e "$folder" ] || { python3 -m venv "$folder"; "$folder/bin/python" -m pip install -q torch==2.13.0 numpy; }
-  "$folder/bin/python" -m pip install -q torch==2.13.0 "$@"
+  python3 -m venv "$1"
+  "$1/bin/python" -m pip install -q torch==2.13.0 numpy
+  "$1/bin/python" -m pip install -q torch==2.13.0 "${@:2}"
 }
 case $ROWS in *autoround*|*hqq*) [ -e "$PEER" ] || environment .venv-autoround auto-round==0.16.1 hqq==0.2.8 ;; esac
 case $ROWS in *llmcompressor*) [ -e "$LLMC" ] || environment .venv-bench llmcompressor==0.14.0.1 ;; esac

@@ -73,7 +73,7 @@ def of_file(path: Path, tensors: Places = ()) -> tuple[str, dict[str, str]]:
 
 def _whole(path: Path, stop: Event) -> str:
     with path.open("rb", buffering=0) as file:
-        return files.sha256(file, CHUNK_BYTES, stop.is_set)
+        return files.sha256(file, CHUNK_BYTES, stop)
 
 
 def of_values(weight: torch.Tensor) -> str:

@@ -226,8 +226,8 @@ def _state(work: Work) -> int:
 
 def _distilling(work: Work) -> int:
     """Of learning on the whole model (learning/whole.py): codes, moves and what enters the blocks, in memory within
-    their shares of the budget; the output head; a block with its slopes, and logits with theirs, which
-    are not there at one time, but the heap keeps small ones."""
+    their shares of the budget; the output head; a block with its slopes, and logits with theirs, which are not there
+    at one time, but the heap keeps small ones."""
     blocks = [stage for stage in work.stages if stage.block is not None]
     elements = [sum(one.shape[0] * one.shape[1] for one in stage.linears) for stage in blocks]
     budget, largest, total = int(work.recipe.memory_budget_gb * 1e9), max(elements), sum(elements)

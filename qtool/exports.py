@@ -29,8 +29,8 @@ class Wanted:
     restart: bool = False
 
 
-# option, the field of Wanted, the target that it is for
 APART = ("gguf", "imatrix", "onnx")  # targets that no format of weights alone can be
+# option, the field of Wanted, the target that it is for
 ONLY_FOR = (("--type", "type", "gguf"), ("--imatrix", "imatrix", "gguf"),
             ("--accuracy-level", "accuracy_level", "onnx"), ("--dtype", "dtype", "onnx"),
             ("--calibration", "calibration", "imatrix"), ("--samples", "samples", "imatrix"),

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable
+import threading
 from pathlib import Path
 
 
@@ -37,12 +37,12 @@ def read_limited(path: Path, limit: int) -> bytes:
     return content
 
 
-def sha256(file: io.RawIOBase, piece: int, stopped: Callable[[], bool] = lambda: False) -> str:
-    """Of a file from where it is read next, in hex, `piece` bytes at a time; of a part of it, once `stopped` says so.
+def sha256(file: io.RawIOBase, piece: int, stop: threading.Event | None = None) -> str:
+    """Of a file from where it is read next, in hex, `piece` bytes at a time; of a part of it, once `stop` is set.
 
     Raises OSError.
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(piece))
-    while not stopped() and (count := file.readinto(buffer)):
+    while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
         digest.update(buffer[:count])
     return digest.hexdigest()

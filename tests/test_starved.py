@@ -69,31 +69,33 @@ def failed(ended: Done) -> Done:
 def test_quantize_in_too_little_memory_goes_on_with_more(beyond: int, starver: Starver, model: Path, done: Path,
                                                          tmp_path: Path) -> None:
     command = ["quantize", model, "--method", "gptq", "--out", tmp_path / "out", *SMALL]
-    starved = failed(starver.run(*command, limits={"RLIMIT_AS": beyond * MB}))
-    assert "out of memory" in starved.err or "no more threads" in starved.err
-    assert starver.run(*command).status == 0 and tree(tmp_path / "out") == tree(done)
+    ended = clean(starver.run(*command, limits={"RLIMIT_AS": beyond * MB}))
+    if beyond < 16 or ended.status:  # 16 MB are asked for at the start; what suffices later depends on the machine
+        assert "out of memory" in failed(ended).err or "no more threads" in ended.err
+        assert starver.run(*command).status == 0
+    assert tree(tmp_path / "out") == tree(done)
 
 
 def test_a_kernel_without_memory_is_a_memory_error(starver: Starver) -> None:
-    """Allocations inside the kernels, in a thread of their own and on the calling one: of some of these limits they are
-    the first to fail, of others torch's own, as the heap happens to lie."""
+    """Allocations inside the kernels: in a thread of their own, and on the calling one."""
     script = """
+import ctypes
 import resource
 from pathlib import Path
 import torch
 from qtool import heap, ops
+assert ctypes.CDLL(None).mallopt(heap.M_MMAP_THRESHOLD, 1 << 16)  # what is free in the heap by chance is not used
 weight, ones = torch.ones(16, 1 << 20), torch.ones(1 << 20)
 held = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + (int(ARGUMENTS[0]) << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (held + (20 << 20),) * 2)
 try:
     ops.fit_affine(weight, ones, 1 << 20, 4, True, torch.float32)
-except Exception as error:
-    print(type(error).__name__ if heap.is_exhausted(error) else error)
+except MemoryError as error:
+    print('MemoryError')
 """
     if not __import__("qtool.ops").ops.native_available():
         pytest.skip("no compiled kernels")
-    seen = {clean(starver.run(beyond, script=script)).out.strip() for beyond in range(8, 40, 4)}
-    assert "MemoryError" in seen and seen <= {"MemoryError", "RuntimeError", ""}
+    assert clean(starver.run(script=script)).out == "MemoryError\n"
 
 
 def test_many_shards_need_few_open_files(starver: Starver, model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,11 +70,8 @@ class PartFile:
         """The tensor as it is in the file now (zeros where it has not been written); also from another thread than the
         one that writes."""
         try:
-            descriptor = self._open()
-            try:
+            with self._apart() as descriptor:
                 tensor = read_tensor(descriptor, spec, offset)
-            finally:
-                os.close(descriptor)
         except OSError as error:
             raise StorageError(f"{self.path}{PART}: tensor '{spec.name}' cannot be read back: "
                                f"{error.strerror}") from None
@@ -87,11 +85,8 @@ class PartFile:
             return
         self._dirty = False  # what is written from here on is not meant
         try:
-            descriptor = self._open()
-            try:
+            with self._apart() as descriptor:
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
         except OSError as error:
             self._dirty = True
             raise storage.failed(error, self.path, "what was written", smaller=self.smaller) from None
@@ -111,6 +106,15 @@ class PartFile:
         if self._descriptor < 0:
             self._descriptor = self._open()
         return self._descriptor
+
+    @contextmanager
+    def _apart(self) -> Iterator[int]:
+        """A descriptor that no other thread closes."""
+        descriptor = self._open()
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _open(self) -> int:
         name = self.path.name + ("" if self.finished else PART)

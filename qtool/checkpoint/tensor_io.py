@@ -67,7 +67,7 @@ def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
         return early
     try:
         with path.open("rb", buffering=0) as file:
-            return files.sha256(file, HASH_BYTES, stop.is_set if stop else bool)
+            return files.sha256(file, HASH_BYTES, stop)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 

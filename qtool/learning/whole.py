@@ -222,6 +222,9 @@ class Chain:
         now = moves if moves is not None else self.shelf.views(last, self.shelf.rows(last)[NOW])
         slope = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         flat = [tensor.reshape(1, -1, tensor.shape[-1]) for tensor in (exits, hidden, slope)]
+        with torch.set_grad_enabled(training):
+            made = weights.parameters(self.parts[last].begin(), now)
+            around = {path: made[name].to(setting.dtype) for path, name in self.around.items()}
         for start in range(0, tokens, LOGITS):  # what follows the blocks looks at one token at a time
             rows = slice(start, start + LOGITS)
             exit_, entrance, into = (tensor[:, rows] for tensor in flat)
@@ -229,13 +232,11 @@ class Chain:
                 goal = self._logits(exit_.to(device=setting.device, dtype=setting.dtype, copy=True), {})
             entrance = entrance.detach().requires_grad_(training)
             with torch.set_grad_enabled(training):
-                made = weights.parameters(self.parts[last].begin(), now)
-                logits = self._logits(entrance, {path: made[name].to(setting.dtype)
-                                                 for path, name in self.around.items()})
+                logits = self._logits(entrance, around)
             loss, of_logits = divergence(goal, logits.detach(), share / tokens, training)
             losses.append(loss)
             if training:
-                torch.autograd.backward(logits, of_logits)
+                torch.autograd.backward(logits, of_logits, retain_graph=True)  # of `around`, for the next tokens
                 assert entrance.grad is not None
                 into.copy_(entrance.grad)
         if not all(map(math.isfinite, losses)):
