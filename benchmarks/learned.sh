@@ -7,6 +7,7 @@
 # lies in WORK stays and is not made again. Groups of 64: symmetric at 4 bits, with zero points at 3 and 2, for all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source benchmarks/environment.sh
 DATA=${1:?usage: learned.sh DATA MODEL [ROW...]}
 MODEL=${2:?usage: learned.sh DATA MODEL [ROW...]}
 shift 2
@@ -21,11 +22,6 @@ GPTQMODEL=${GPTQMODEL:-.venv-loaders-gptqmodel/bin/python}
 WORK=${WORK:-bench-work/learned}
 PYTHON=${PYTHON:-.venv/bin/python}
 mkdir -p "$WORK"
-environment() {  # folder, packages...
-  python3 -m venv "$1"
-  "$1/bin/python" -m pip install -q torch==2.13.0 numpy
-  "$1/bin/python" -m pip install -q torch==2.13.0 "${@:2}"
-}
 case $ROWS in *autoround*|*hqq*) [ -e "$PEER" ] || environment .venv-autoround auto-round==0.16.1 hqq==0.2.8 ;; esac
 case $ROWS in *llmcompressor*) [ -e "$LLMC" ] || environment .venv-bench llmcompressor==0.14.0.1 ;; esac
 case $ROWS in *autoround*|*llmcompressor*|*gptqmodel*) [ -e "$WORK/ids.safetensors" ] || "$PYTHON" \

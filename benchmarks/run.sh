@@ -5,17 +5,14 @@
 # SAMPLES and WINDOWS (environment) make a shorter run; the peer gets a venv of its own, .venv-bench.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source benchmarks/environment.sh
 DATA=${1:?usage: make bench DATA=folder MODEL=directory}
 MODEL=${2:?usage: make bench DATA=folder MODEL=directory}
 SAMPLES=${SAMPLES:-128}
 WINDOWS=${WINDOWS:-60}
 WORK=${WORK:-bench-work}
 PEER=${PEER:-.venv-bench/bin/python}
-if [ ! -e "$PEER" ]; then
-  python3 -m venv .venv-bench
-  .venv-bench/bin/python -m pip install -q torch==2.13.0 numpy
-  .venv-bench/bin/python -m pip install -q torch==2.13.0 llmcompressor==0.14.0.1
-fi
+[ -e "$PEER" ] || environment .venv-bench llmcompressor==0.14.0.1
 mkdir -p "$WORK"
 rm -rf "$WORK"/{rtn,gptq,gptq-fast,llm-compressor} "$WORK"/*.json
 .venv/bin/python benchmarks/calibration_ids.py "$MODEL" "$DATA/wikitext2-valid.txt" "$WORK/ids.safetensors" --samples "$SAMPLES"
