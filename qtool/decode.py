@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from qtool import formats, repacking
-from qtool.checkpoint import open_checkpoint
+from qtool.checkpoint import open_checkpoint, stacks
 from qtool.checkpoint.header import AGAIN, read_json
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import CheckpointError, InputError
@@ -43,13 +44,15 @@ class Source:
         with Explained(Path(checkpoint.origin), "its quantization_config is not understood", AGAIN):
             self.format = formats.recognise(self._stored_config)
             if self.format is not None:
-                self._linears = self.format.schemes(self._stored_config, checkpoint.specs, self._read_stored)
+                members = getattr(self.format, "members", None)
+                self.checkpoint = stacks.unstacked(checkpoint, members) if members else checkpoint
+                self._linears = self.format.schemes(self._stored_config, self.checkpoint.specs, self._read_stored)
         if self.format is None and quantization:
             raise CheckpointError(
                 f"{checkpoint.origin}: config.json says it is quantized with {quantization.get('quant_method')!r}, "
                 f"which is not read (read: {', '.join(formats.names())}); start from the unquantized model")
         self.schemes = {name: scheme for name, (scheme, _) in self._linears.items()}
-        self.dtype = model_dtype(checkpoint.config, checkpoint.specs)
+        self.dtype = model_dtype(checkpoint.config, self.checkpoint.specs)
         self.specs = self._dense_specs()
 
     def read(self, name: str) -> torch.Tensor:
@@ -173,7 +176,7 @@ class Source:
         suffixes = self.format.SUFFIXES if self.format is not None else ()
         packed = {f"{linear}.{suffix}" for linear in self._linears for suffix in suffixes}
         beside = getattr(self.format, "KV_SCALES", ())  # for engines; no parameters of the model
-        specs = {name: spec for name, spec in self.checkpoint.specs.items()
+        specs = {name: replace(spec, stack=None) for name, spec in self.checkpoint.specs.items()
                  if name not in packed and not name.endswith(tuple(f".{one}" for one in beside))}
         for linear, (_, shape) in self._linears.items():
             specs[f"{linear}.weight"] = TensorSpec(f"{linear}.weight", self.dtype, shape)

@@ -181,7 +181,7 @@ def _outputs(source: Source, target: ModuleType, how: transfer.Transfer) -> Iter
         if linear != name and linear in how.schemes:
             yield from target.layout(linear, spec.shape, how.schemes[linear], how.dtype)
         else:
-            yield spec
+            yield formats.placed(target, spec)
     for attention in how.attentions:
         yield from target.kv_scales(attention)
 
@@ -219,7 +219,7 @@ class _Checked:
         offset, _ = self.writer.place(name)
         if rows is not None:
             offset += rows[0] * (back.nbytes // max(1, rows[1] - rows[0]))
-        self.follow.add(*self.writer.part(name), name, offset, as_bytes(back))
+        self.follow.add(*self.writer.part(name), self.writer.stored(name), offset, as_bytes(back))
         return back
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import qtool
 from qtool import decode, flags, found, kept, manifest, recipe, rotate
+from qtool.checkpoint import stacks
 from qtool.checkpoint.header import read_header, read_json
 from qtool.checkpoint.reader import Checkpoint, shard_names
 from qtool.checkpoint.writer import INDEX, Shard, aligned
@@ -227,9 +228,10 @@ def _files(output: Source, plan: Plan, part: Plan, record: Mapping[str, Any]) ->
             instead[old[0]] += [spec for name, spec in new.items() if name not in old]
     files = []
     folder = output.directory
+    members: stacks.Members = getattr(plan.format, "members", lambda _: [])
     index = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in shard_names(index, _index(folder), str(folder)):
-        specs = [spec for spec, _ in read_header(folder / name).values()]
+        specs = [one for spec, _ in read_header(folder / name).values() for one in stacks.parts(spec, members)]
         if any(spec.name in instead for spec in specs):
             now = [one for spec in specs for one in instead.get(spec.name, [spec])]
             files.append(Shard(name, aligned(now)))

@@ -39,6 +39,7 @@ from qtool import (
     workspace,
 )
 from qtool import prepare as before_runs
+from qtool.checkpoint import stacks
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.tensor_io import sha256_files
 from qtool.checkpoint.writer import INDEX, ShardWriter, write_index
@@ -208,7 +209,7 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
     """Name the files, link what stays, write config, index, manifest and card; check the key set."""
     plan, out, folder = redo.plan, redo.plan.out, work.folder
     config = pipeline.output_config(redo.checkpoint.config, plan)
-    tensors = {spec.name: (spec.nbytes, shard.file_name) for shard in redo.files for spec in shard.specs}
+    tensors = {spec.stored: shard.file_name for shard in redo.files for spec in shard.specs}
     specs = {spec.name: spec for shard in redo.files for spec in shard.specs}
 
     def read(name: str) -> torch.Tensor:
@@ -224,8 +225,8 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
     kept_files = _link(out, folder, {*(shard.file_name for shard in redo.files), INDEX, *OWN, "config.json", *lost})
     if (out / INDEX).is_file():
         before = json.loads((out / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        write_index(folder, {spec.name: (spec.nbytes, tensors[spec.name][1] if spec.name in tensors
-                                         else before[spec.name]) for spec in plan.outputs})
+        written = [one for unit in stacks.units(plan.outputs) for one in stacks.entries(unit)]
+        write_index(folder, {one.name: (one.nbytes, tensors.get(one.name) or before[one.name]) for one in written})
     extra = plan.format.extra_files(config.get("quantization_config", {}))
     for name, content in {"config.json": config, **extra}.items():
         (folder / name).unlink(missing_ok=True)  # a link to the old one's
@@ -234,7 +235,7 @@ def _finish(redo: Redo, writer: ShardWriter, work: Workspace, entry: Mapping[str
     if lost:
         result["statistics"] = keeping.only_there(out / keeping.FOLDER, folder / keeping.FOLDER)
     (folder / "README.md").write_text(card.text(result, plan.format.LOADERS), encoding="utf-8")
-    result |= _digests(redo, folder, kept_files - set(extra), {spec.name for spec in plan.outputs})
+    result |= _digests(redo, folder, kept_files - set(extra), {spec.stored for spec in plan.outputs})
     manifest.save(folder, result)
     for path in folder.glob("stream-*"):  # at the entrance of the block after the last one that was run
         path.unlink()

@@ -106,7 +106,7 @@ class Layout:
         for name in names:
             spec = self.specs[name]
             dense = self.convert and spec.dtype in FLOATING
-            specs.append(TensorSpec(name, self.dtype, spec.shape) if dense else spec)
+            specs.append(formats.placed(self.format, TensorSpec(name, self.dtype, spec.shape) if dense else spec))
         return tuple(specs)
 
 

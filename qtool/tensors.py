@@ -25,11 +25,20 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, element type and shape of a tensor, known before its data."""
+    """Name, element type and shape of a tensor, known before its data.
+
+    stack: the tensor in the file that it is a part of, and its number there (checkpoint/stacks.py).
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stack: tuple[str, int] | None = None
+
+    @property
+    def stored(self) -> str:
+        """The name in the file."""
+        return self.stack[0] if self.stack is not None else self.name
 
     @property
     def elements(self) -> int:

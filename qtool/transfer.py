@@ -49,12 +49,13 @@ def plan(source: Source, target: ModuleType) -> Transfer:
         reason = reason or _in_the_way(source, linear)
         if reason:
             raise InputError(f"{reason} {OTHERWISE}")
-    reason = target.check_together(source.schemes)
+    skipped = tuple(name for name in linears.every if name not in source.schemes)
+    reason = target.check_together(source.schemes, skipped)
     if reason:
         raise InputError(f"{reason} {OTHERWISE}")
     wide = _needs_float32(source, target)
     dtype = torch.float32 if wide else source.dtype
-    return Transfer(dict(source.schemes), tuple(name for name in linears.every if name not in source.schemes), dtype,
+    return Transfer(dict(source.schemes), skipped, dtype,
                     torch.float32 if wide else target.scale_dtype(source.dtype),
                     tuple(source.cache_scales()) if hasattr(target, "kv_scales") else ())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from qtool import storage
+from qtool.checkpoint import stacks
 from qtool.checkpoint.part_file import PartFile, has_room
 from qtool.checkpoint.tensor_io import as_bytes
 from qtool.errors import OutputError, StorageError
@@ -35,16 +36,18 @@ class Shard:
 def plan_shards(specs: Iterable[TensorSpec], limit_bytes: int) -> list[Shard]:
     """Distribute tensors over files of at most `limit_bytes` of data (a larger tensor gets a file of its own).
 
-    The order is kept, except in a file where a tensor would begin at an address that its dtype cannot have.
+    The order is kept, except that of stacks, and in a file where a tensor would begin at an address that its dtype
+    cannot have. Raises PlanError for a stack that is not whole.
     """
     groups: list[list[TensorSpec]] = [[]]
     used = 0
-    for spec in specs:
-        if groups[-1] and used + spec.nbytes > limit_bytes:
+    for unit in stacks.units(specs):
+        size = sum(spec.nbytes for spec in unit)
+        if groups[-1] and used + size > limit_bytes:
             groups.append([])
             used = 0
-        groups[-1].append(spec)
-        used += spec.nbytes
+        groups[-1] += unit
+        used += size
     if len(groups) == 1:
         return [Shard("model.safetensors", aligned(groups[0]))]
     return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", aligned(group))
@@ -66,7 +69,7 @@ def header_bytes(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
     it, which is one too, at least."""
     entries: dict[str, object] = {"__metadata__": dict(sorted((PYTORCH if metadata is None else metadata).items()))}
     offset = 0
-    for spec in specs:
+    for spec in stacks.entries(specs):
         entries[spec.name] = {"dtype": NAMES_OF_DTYPES[spec.dtype], "shape": list(spec.shape),
                               "data_offsets": [offset, offset + spec.nbytes]}
         offset += spec.nbytes
@@ -132,6 +135,10 @@ class ShardWriter:
         spec, _, offset = self._places[name]
         return offset, spec.nbytes
 
+    def stored(self, name: str) -> str:
+        """Its name in the file."""
+        return self._places[name][0].stored
+
     def part(self, name: str) -> tuple[str, Path, int]:
         """Of the file of a tensor that is not finished: its name in the end, where it is, where its data begins."""
         file = self._places[name][1].file_name
@@ -149,8 +156,8 @@ class ShardWriter:
             for file in self._files.values():
                 file.rename()
             if len(self.shards) > 1:
-                write_index(self.folder, {name: (spec.nbytes, shard.file_name)
-                                          for name, (spec, shard, _) in self._places.items()})
+                write_index(self.folder, {one.name: (one.nbytes, shard.file_name)
+                                          for shard in self.shards for one in stacks.entries(shard.specs)})
             storage.sync_folder(self.folder)
         except OSError as error:
             raise storage.failed(error, self.folder, "the names of the finished files") from None

@@ -8,7 +8,7 @@ A format is a module with
     pack(linear_name, tensor)                 QuantizedTensor -> those tensors
     unpack(linear_name, read, scheme, shape)  the inverse; dequantize(...) also takes column orders that unpack refuses
     config(schemes, skipped, steps)           the quantization_config of config.json; extra_files(it) -> more JSON files
-    check_together(schemes)                   why these linears cannot share one checkpoint, or None
+    check_together(schemes, others)           why these linears cannot share one checkpoint, or None; others: dense ones
     notes(schemes), fused_conflicts(schemes)  what a user should know about who can load the result
     KV_SCALES, kv_scales(attention), with_kv_cache(config)       where scales of cached keys and values have a place
     SUFFIXES, recognises(config), schemes(config, specs, read)   for reading checkpoints, also those of other programs
@@ -18,6 +18,8 @@ and, where the usual does not hold,
     adapted(config)                           the rest of config.json as its readers want it
     WIDER                                     grid -> dtypes whose values its scales may have too, as float32 tensors
     int4(linear_name, config)                 the tensor with 4-bit codes, its layout (ops/int4.py)
+    stacked(spec), members(spec)              a dense tensor as the part of one for all experts that it is then; of such
+                                              a one, the names of its parts (checkpoint/stacks.py)
     obstacle(linear_name, read, scheme, shape, config)           why the codes cannot be kept in another format, or None
 """
 
@@ -33,9 +35,10 @@ from qtool import found
 from qtool.formats._stored import QUANTIZATION_KEYS, quantization_config
 from qtool.formats._targets import fused_name, fused_sets
 from qtool.recipe import Scheme
+from qtool.tensors import TensorSpec
 
 __all__ = [
-    "QUANTIZATION_KEYS", "fused_name", "fused_sets", "load", "names", "quantization_config", "recognise",
+    "QUANTIZATION_KEYS", "fused_name", "fused_sets", "load", "names", "placed", "quantization_config", "recognise",
     "stored_bytes", "with_quantization",
 ]
 
@@ -53,6 +56,12 @@ def load(name: str) -> ModuleType:
 def recognise(config: Mapping[str, Any]) -> ModuleType | None:
     """The format in which a checkpoint with this config.json is stored; None when it is none of ours."""
     return next((module for module in map(load, names()) if module.recognises(config)), None)
+
+
+def placed(format_: ModuleType, spec: TensorSpec) -> TensorSpec:
+    """A tensor that stays dense, as a checkpoint of this format has it."""
+    found: TensorSpec = getattr(format_, "stacked", lambda one: one)(spec)
+    return found
 
 
 def with_quantization(config: Mapping[str, Any], format_: ModuleType, said: Mapping[str, Any]) -> dict[str, Any]:

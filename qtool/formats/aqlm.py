@@ -11,7 +11,7 @@ Source: aqlm 1.1.7 inference.QuantizedLinear, utils; transformers 5.23 quantizer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +59,7 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     return None
 
 
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) -> str | None:
     """Why these linears cannot share a checkpoint: config.json has one number of codebooks and bits for all."""
     by_grid = {scheme.grid: name for name, scheme in schemes.items()}
     if len(by_grid) < 2:

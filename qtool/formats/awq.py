@@ -10,7 +10,7 @@ Source: autoawq modules/linear/gemm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     return reason
 
 
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) -> str | None:
     """Why these linears cannot share a checkpoint: config.json names one group size for all."""
     sizes = {scheme.group_size: name for name, scheme in schemes.items()}
     if len(sizes) < 2:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     return None
 
 
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) -> str | None:
     """Why these linears cannot share a checkpoint: config.json names one type for all."""
     kinds = {(scheme.grid, scheme.double_quant) for scheme in schemes.values()}
     return None if len(kinds) == 1 else "bitsandbytes wants one grid for all linears, with or without double_quant"

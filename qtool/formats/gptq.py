@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     return reason
 
 
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) -> str | None:
     """Why these linears cannot share a checkpoint; None when they can."""
     by_kind = {scheme.symmetric: name for name, scheme in schemes.items()}
     if len(by_kind) < 2:

@@ -7,21 +7,24 @@ W[n, k] = scale * code + bias, which is a zero point where bias = -zero * scale.
 power of two and the bias is exact in the dtype of the scale. Otherwise it has more digits, so that both are float32
 then, which mlx takes beside inputs of any type. Scales have at most 16 significant bits (those of bfloat16 and float16
 do): scale * code and every sum with the bias are then exact in float32, and equal to (code - zero) * scale.
+The linears of all experts of a kind lie in one tensor, [experts, N, ...], as mlx-lm runs them:
+    P.switch_mlp.gate_proj.weight   of P.experts.0.gate_proj, P.experts.1.gate_proj ...; likewise up_proj, down_proj
 Checkpoints of other programs may hold any bias; such weights are read, but have no codes that other formats could keep.
 Source: mlx 0.32 ops.cpp (dequantize), mlx-lm 0.32 utils.load_model.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qtool import ops
 from qtool.errors import CheckpointError, NumericalError
-from qtool.formats._defaults import check_together as check_together
 from qtool.formats._defaults import extra_files as extra_files
 from qtool.formats._defaults import fused_conflicts as fused_conflicts
 from qtool.formats._stored import Read, expect, nearest_group, packable, quantization_config, scheme_of, stored_linears
@@ -35,6 +38,10 @@ CONFIG_KEYS = ("quantization", "quantization_config")
 METADATA = {"format": "mlx"}
 WIDER = {"affine": (torch.bfloat16, torch.float16)}
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+KINDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # as Mixtral has them, and mlx-lm
+EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])")  # block, number, kind
+SWITCH = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases|bias)")  # ... part
+MAX_EXPERTS = 4096
 SPARE_BITS = 0xFF  # of a float32 mantissa, beside 16 significant ones
 LOADERS = (
     ("mlx-lm", "from mlx_lm import load, generate\nmodel, tokenizer = load(\"DIR\")\n"
@@ -47,9 +54,9 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     if scheme.grid != "affine" or scheme.activations:
         return (f"{NAME} holds weight-only integers, not the {scheme.label} of {linear_name}; nearest: grid affine, "
                 f"{scheme.bits} bits, no activations")
-    if ".experts." in linear_name:
-        return (f"{linear_name} is an expert, and mlx-lm stacks experts itself, for most families only unquantized "
-                "ones; nearest: a rule that skips experts, or another --format")
+    if ".experts." in linear_name and _switch(linear_name) is None:
+        return (f"{linear_name} is no expert of a kind that mlx-lm has (gate_proj, up_proj, down_proj or w1, w2, w3); "
+                "nearest: a rule that skips experts, or another --format")
     if scheme.bits not in BITS:
         return f"{NAME} packs 2, 3, 4, 5, 6 or 8 bits, not the {scheme.bits} of {linear_name}; nearest: 6 or 8"
     group, columns = int(scheme.group_size), shape[1]
@@ -60,6 +67,19 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     nearest = min(fits, key=lambda size: abs(size - near), default=None)
     hint = f"nearest: --group-size {nearest}" if nearest else "none of these divides its inputs; skip it with a rule"
     return f"{NAME} has groups of 32, 64 or 128, not the {group} of {linear_name} with {columns} inputs; {hint}"
+
+
+def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) -> str | None:
+    """Why these linears cannot share a checkpoint: mlx-lm runs all experts of a kind as one linear."""
+    found: dict[str, tuple[str, Scheme | None]] = {}
+    for name, scheme in [*schemes.items(), *((one, None) for one in others)]:
+        switch = _switch(name)
+        first, before = found.setdefault(switch[0], (name, scheme)) if switch else (name, scheme)
+        if scheme != before:
+            labels = [one.label if one else "unquantized" for one in (before, scheme)]
+            return (f"{NAME} holds all experts of a layer as one tensor, and {first} is {labels[0]}, but {name} "
+                    f"{labels[1]}; use a rule that matches all of them (experts.*)")
+    return None
 
 
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
@@ -79,9 +99,27 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
     """Names, dtypes and shapes of the tensors of one linear [N, K]; a bias stays under its own name, P.bias."""
     rows, columns = shape
     dtype, groups = _stored_dtype(scheme.symmetric, model_dtype), columns // int(scheme.group_size)
-    return [TensorSpec(f"{linear_name}.weight", torch.uint32, (rows, columns * scheme.bits // 32)),
-            TensorSpec(f"{linear_name}.scales", dtype, (rows, groups)),
-            TensorSpec(f"{linear_name}.biases", dtype, (rows, groups))]
+    return [stacked(one) for one in (
+        TensorSpec(f"{linear_name}.weight", torch.uint32, (rows, columns * scheme.bits // 32)),
+        TensorSpec(f"{linear_name}.scales", dtype, (rows, groups)),
+        TensorSpec(f"{linear_name}.biases", dtype, (rows, groups)))]
+
+
+def stacked(spec: TensorSpec) -> TensorSpec:
+    """The tensor of an expert as a part of the one for all of its kind; others as they are."""
+    linear, _, what = spec.name.rpartition(".")
+    switch = _switch(linear)
+    return replace(spec, stack=(f"{switch[0]}.{what}", switch[1])) if switch else spec
+
+
+def members(spec: TensorSpec) -> list[str]:
+    """The names of the experts' tensors that lie in a tensor [experts, N, ...]; none if it is no such one."""
+    found = SWITCH.fullmatch(spec.name)
+    if found is None or len(spec.shape) != 3 or spec.shape[0] > MAX_EXPERTS:  # 0 bytes may claim any number
+        return []
+    block, kind, part = found.groups()
+    ours = {theirs: name for name, theirs in KINDS.items()}[kind] if block.endswith("block_sparse_moe") else kind
+    return [f"{block}.experts.{number}.{ours}.{part}" for number in range(spec.shape[0])]
 
 
 def pack(linear_name: str, tensor: QuantizedTensor, model_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -131,17 +169,19 @@ def int4(linear_name: str, config: Mapping[str, Any] | None = None) -> tuple[str
 def config(schemes: Mapping[str, Scheme], skipped: Sequence[str], step_names: Sequence[str] = ()) -> dict[str, Any]:
     """The quantization_config: the commonest scheme for all; other linears by name, unquantized modules as false."""
     base = Counter((scheme.bits, scheme.group_size) for scheme in schemes.values()).most_common(1)[0][0]
-    others = {name: _described(scheme) for name, scheme in schemes.items()
+    others = {_path(name): _described(scheme) for name, scheme in schemes.items()
               if (scheme.bits, scheme.group_size) != base}
     blocks, found, _ = next(iter(schemes)).partition(".layers.")
-    left = [*([f"{blocks}.embed_tokens"] if found else []), *skipped]
+    left = [*([f"{blocks}.embed_tokens"] if found else []), *map(_path, skipped)]
     alike = {scheme.symmetric for scheme in schemes.values()}
     return {"group_size": base[1], "bits": base[0], "mode": "affine",
             **({"symmetric": alike.pop()} if len(alike) == 1 else {}), **others, **dict.fromkeys(left, False)}
 
 
 def adapted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters, as transformers 5 writes them, also under the older names: most of mlx-lm knows only those."""
+    """rope_parameters and the number of experts, as transformers 5 writes them, also under the older names: most of
+    mlx-lm knows only those."""
+    config = {**({"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}), **config}
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" not in rope or "rope_theta" in config:
         return dict(config)
@@ -170,7 +210,7 @@ def schemes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec],
 
 def _scheme(linear_name: str, said: Mapping[str, Any],
             specs: Mapping[str, TensorSpec]) -> tuple[Scheme, tuple[int, int]]:
-    named = said.get(linear_name)
+    named = said.get(_path(linear_name))
     values = {**said, **(named if isinstance(named, Mapping) else {})}
     mode = values.get("mode", "affine")
     if mode != "affine" or f"{linear_name}.biases" not in specs:
@@ -184,9 +224,23 @@ def _scheme(linear_name: str, said: Mapping[str, Any],
         raise CheckpointError(f"{linear_name}: {bits} bits in groups of {size} are no mode of MLX that is read")
     if words is None or len(words.shape) != 2 or scales.shape != (words.shape[0], columns // int(scheme.group_size)):
         raise CheckpointError(f"{linear_name}: weight {list(words.shape) if words else 'is missing'} and scales "
-                              f"{list(scales.shape)} are no matrix of {bits} bits in groups of {size} (experts stacked "
-                              "in one tensor are not read)")
+                              f"{list(scales.shape)} are no matrix of {bits} bits in groups of {size}")
     return scheme, (words.shape[0], columns)
+
+
+def _switch(linear_name: str) -> tuple[str, int] | None:
+    """What mlx-lm calls the experts of a kind, and which one this is; None for what is no expert."""
+    found = EXPERT.fullmatch(linear_name)
+    if found is None:
+        return None
+    block, number, kind = found.groups()
+    return f"{block}.switch_mlp.{KINDS.get(kind, kind)}", int(number)
+
+
+def _path(linear_name: str) -> str:
+    """What mlx-lm calls the module with this linear."""
+    switch = _switch(linear_name)
+    return switch[0] if switch else linear_name
 
 
 def _stored_dtype(symmetric: bool, model_dtype: torch.dtype) -> torch.dtype:

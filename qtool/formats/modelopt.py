@@ -11,7 +11,7 @@ Source: nvidia-modelopt 0.47 export/{quant_utils, convert_hf_config}; vLLM 0.32 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,7 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
     return None
 
 
-def check_together(schemes: Mapping[str, Scheme]) -> str | None:
+def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) -> str | None:
     """Why these linears cannot share a checkpoint: quant_algo is one for all."""
     by_scheme = {scheme: name for name, scheme in schemes.items()}
     if len(by_scheme) < 2:

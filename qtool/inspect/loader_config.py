@@ -125,7 +125,8 @@ def _groups(said: Mapping[str, Any]) -> list[str]:
 
 
 def _mlx(source: Source, said: Mapping[str, Any]) -> list[str]:
-    found = []
+    found, modules = [], {spec.stored.rpartition(".")[0] for spec in source.checkpoint.specs.values()
+                          if spec.stored.endswith(".scales")}
     for name, own in said.items():
         if "." not in name:
             continue
@@ -133,7 +134,7 @@ def _mlx(source: Source, said: Mapping[str, Any]) -> list[str]:
             found.append(_where(f"{name} is {own!r}, not an object or false"))
         elif isinstance(own, Mapping):
             found += _types(own, TOP["mlx"], f"{name}.")
-            if name not in source.schemes:
+            if name not in modules:
                 found.append(_where(f"{name} has a scheme, but no scales: mlx-lm would look for them"))
     return found
 

@@ -66,6 +66,10 @@ class Skeleton:
         """The checkpoint tensor that holds a parameter; of a tied alias, the one that holds what it shares."""
         return families.checkpoint_name(self.model_type, self.tied.get(parameter, parameter))
 
+    def stored(self, linear: str) -> str:
+        """What the checkpoint calls a linear, tied or not."""
+        return families.checkpoint_name(self.model_type, f"{linear}.weight").removesuffix(".weight")
+
     def block_parameters(self, index: int) -> list[str]:
         """Parameters (and stored buffers) of block `index`."""
         return [name for name in self.parameters if name.startswith(self.blocks[index] + ".")]

@@ -76,6 +76,34 @@ def test_experts_and_tied_embeddings(family: str, run: Run, tmp_path: Path) -> N
     assert all(torch.equal(source.read(name), exported.read(name)) for name in source.specs)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_of_mlx(family: str, run: Run, tmp_path: Path) -> None:
+    """Made by quantize and by export, in one file and several; read back, verified, redone, and refused in part."""
+    model, made = tiny.make(tmp_path / "model", family), tmp_path / "made"
+    whole = ("quantize", model, "--method", "rtn", "--format", "mlx", *SMALL)
+    assert run(*whole, "--out", made, "--set", "shard_gb=1e-6")[0] == 0 and len(list(made.glob("*-of-*"))) > 5
+    assert run("export", made, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--quiet")[0] == 0
+    assert run("export", tmp_path / "ct", "--to", "mlx", "--out", tmp_path / "again", "--quiet")[0] == 0
+    stored, again = (dict(tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).items())
+                     for folder in (made, tmp_path / "again"))
+    assert stored.keys() == again.keys() and all(torch.equal(stored[name], again[name]) for name in stored)
+    experts = [name for name in stored if "experts." in name or "switch_mlp." in name]
+    assert len(experts) == 2 * 3 * 3 and all(stored[name].dim() == 3 for name in experts)
+    assert run("inspect", made, "--verify", "--against", model)[0] == 0
+    assert run("inspect", tmp_path / "again", "--verify")[0] == 0
+    before = (made / "manifest.json").read_text()
+    status, _, err = run("quantize", model, "--redo", "*.experts.1.*", "--method", "rtn", "--bits", "8", "--out", made,
+                         *SMALL)
+    assert status == 2 and "one tensor" in err and "experts.*" in err
+    assert (made / "manifest.json").read_text() == before
+    assert run("quantize", model, "--redo", "*.1.*experts.*", "--method", "rtn", "--bits", "8", "--out", made,
+               *SMALL)[0] == 0
+    assert run("inspect", made, "--verify", "--against", model)[0] == 0
+    source, base = decode.open_model(str(made)), decode.open_model(str(tmp_path / "ct"))
+    same = {name: torch.equal(source.read(name), base.read(name)) for name in source.specs}
+    assert all(same[name] != ("layers.1." in name and ".experts." in name) for name in same)
+
+
 def test_scales_that_do_not_fit_are_refused(run: Run, gptq: Path, tmp_path: Path) -> None:
     """bfloat16 reaches where float16 does not; float16 is finer than bfloat16."""
     import shutil

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qtool import decode, formats
 from qtool.errors import CheckpointError, NumericalError
 from qtool.recipe import Scheme
+from qtool.tensors import TensorSpec
 from tests.formats.cases import NAME, InMemory, dense, random_tensor
 
 MLX = formats.load("mlx")
@@ -107,6 +108,7 @@ def test_positions_are_told_under_the_names_that_mlx_lm_knows() -> None:
     assert MLX.adapted({"rope_parameters": scaled})["rope_scaling"] == scaled
     for config in ({"rope_theta": 1.0, "rope_parameters": plain}, {"rope_parameters": {"full_attention": plain}}, {}):
         assert MLX.adapted(config) == config
+    assert MLX.adapted({"num_local_experts": 8}) == {"num_local_experts": 8, "num_experts": 8}
 
 
 @pytest.mark.parametrize(("scheme", "message"), [
@@ -118,6 +120,46 @@ def test_what_mlx_does_not_have_is_refused(scheme: Scheme, message: str) -> None
     import re
 
     assert re.search(message, str(MLX.check(scheme, NAME, (64, 256))))
+
+
+@pytest.mark.parametrize(("block", "kinds"), [("mlp", ("gate_proj", "up_proj", "down_proj")),
+                                              ("block_sparse_moe", ("w1", "w3", "w2"))])
+def test_experts_lie_in_one_tensor_as_mlx_lm_calls_it(block: str, kinds: tuple[str, ...]) -> None:
+    there, scheme = f"model.layers.7.{block}", Scheme(group_size=32)
+    for ours, theirs in zip(kinds, ("gate_proj", "up_proj", "down_proj"), strict=True):
+        experts = [f"{there}.experts.{number}.{ours}" for number in range(11)]
+        assert all(MLX.check(scheme, one, (16, 64)) is None for one in experts)
+        laid = [MLX.layout(one, (16, 64), scheme, torch.bfloat16) for one in experts]
+        for place, suffix in enumerate(MLX.SUFFIXES):
+            stack = f"{there}.switch_mlp.{theirs}.{suffix}"
+            assert [one[place].stack for one in laid] == [(stack, number) for number in range(11)]
+            whole = TensorSpec(stack, laid[0][place].dtype, (11, *laid[0][place].shape))
+            assert MLX.members(whole) == [f"{one}.{suffix}" for one in experts]
+        dense = TensorSpec(f"{experts[3]}.weight", torch.bfloat16, (16, 64))
+        assert MLX.stacked(dense).stack == (f"{there}.switch_mlp.{theirs}.weight", 3)
+        said = MLX.config({NAME: Scheme(bits=8, group_size=64), **dict.fromkeys(experts, scheme)}, [])
+        assert said["bits"] == 4 and said[NAME]["bits"] == 8
+        said = MLX.config(dict.fromkeys([NAME, *experts[:0]], scheme), experts)
+        assert said[f"{there}.switch_mlp.{theirs}"] is False and not [name for name in said if ".experts." in name]
+
+
+def test_what_is_no_expert_of_mlx_lm_stays_alone_or_is_refused() -> None:
+    for shape in ((3, 4), (3, 4, 5, 6), (1 << 40, 0, 4)):
+        assert MLX.members(TensorSpec("model.layers.0.mlp.switch_mlp.up_proj.weight", torch.uint8, shape)) == []
+    assert MLX.members(TensorSpec("model.layers.0.mlp.up_proj.weight", torch.uint8, (3, 4, 5))) == []
+    alone = TensorSpec("model.layers.0.mlp.gate.weight", torch.bfloat16, (3, 4))
+    assert MLX.stacked(alone) is alone
+    assert "no expert of a kind" in str(MLX.check(Scheme(group_size=32), "layers.0.mlp.experts.0.wide", (16, 64)))
+
+
+def test_experts_of_a_kind_have_one_scheme() -> None:
+    names, scheme = [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(4)], Scheme(group_size=32)
+    other = dict.fromkeys(names[:2], scheme)
+    assert MLX.check_together(dict.fromkeys(names, scheme)) is None
+    assert MLX.check_together({NAME: Scheme(bits=8), **dict.fromkeys(names, scheme)}, ["lm_head"]) is None
+    assert "experts.0.up_proj is int4-g32, but" in str(MLX.check_together(
+        {**other, **dict.fromkeys(names[2:], Scheme(bits=8, group_size=32))}))
+    assert f"{names[2]} unquantized; use a rule" in str(MLX.check_together(other, names[2:]))
 
 
 @pytest.mark.parametrize("value", [1 / 3, float("inf"), 1e-39])

@@ -82,7 +82,7 @@ def build(one: Case, folder: Path, source: Path | None = None) -> Path:
             specs += module.layout(linear, spec.shape, scheme, model_dtype)
         else:
             skipped += [linear] if inside else []
-            specs.append(spec)
+            specs.append(formats.placed(module, spec))
     out = folder / one.name
     out.mkdir()
     writer = ShardWriter(out, plan_shards(specs, 1 << 40), getattr(module, "METADATA", None))
