@@ -44,8 +44,7 @@ class Source:
         with Explained(Path(checkpoint.origin), "its quantization_config is not understood", AGAIN):
             self.format = formats.recognise(self._stored_config)
             if self.format is not None:
-                members = getattr(self.format, "members", None)
-                self.checkpoint = stacks.unstacked(checkpoint, members) if members else checkpoint
+                self.checkpoint = stacks.unstacked(checkpoint, formats.members(self.format))
                 self._linears = self.format.schemes(self._stored_config, self.checkpoint.specs, self._read_stored)
         if self.format is None and quantization:
             raise CheckpointError(

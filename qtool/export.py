@@ -89,7 +89,7 @@ def make_export(source: Source, to: str, out: Path | None = None) -> Export:
     target = formats.load(to)
     source = gguf_codes.of(source) if source.kind == "gguf" and target.NAME != DENSE else source
     _refuse_pointless(source, target)
-    how = (transfer.Transfer({}, (), source.dtype, source.dtype) if target.NAME == DENSE
+    how = (transfer.Transfer({}, (), (), source.dtype, source.dtype) if target.NAME == DENSE
            else transfer.plan(source, target))
     where = out or Path(f"{source.name}-{target.NAME}")
     made = finished(where, source, target.NAME)
@@ -176,12 +176,13 @@ def _refuse_pointless(source: Source, target: ModuleType) -> None:
 
 
 def _outputs(source: Source, target: ModuleType, how: transfer.Transfer) -> Iterator[TensorSpec]:
+    placed = formats.placing(target, how.schemes)
     for name, spec in source.specs.items():
         linear = name.removesuffix(".weight")
         if linear != name and linear in how.schemes:
             yield from target.layout(linear, spec.shape, how.schemes[linear], how.dtype)
         else:
-            yield formats.placed(target, spec)
+            yield placed(spec)
     for attention in how.attentions:
         yield from target.kv_scales(attention)
 
@@ -333,7 +334,7 @@ def _finish(job: Export, work: Workspace, names: Sequence[str], known: Mapping[s
     extra: dict[str, Any] = {}
     if not job.dense:
         steps = [next(iter(step)) for step in ((job.record or {}).get("recipe") or {}).get("steps", [])]
-        said = job.target.config(job.schemes, list(job.transfer.skipped), steps)
+        said = job.target.config(job.schemes, list(job.transfer.told), steps)
         said = job.target.with_kv_cache(said) if job.transfer.attentions else said
         config = formats.with_quantization(config, job.target, said)
         extra = job.target.extra_files(said)

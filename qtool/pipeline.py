@@ -365,7 +365,7 @@ def _finish(job: Job, place: int, work: Workspace, first: Plan) -> dict[str, Any
 def output_config(source: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """config.json of the output. source: the model's."""
     config = {key: value for key, value in source.items() if key != "quantization_config"}
-    skipped = [plan.skeleton.stored(name) for name, _ in plan.kept]
+    skipped = plan.skeleton.both_names([name for name, _ in plan.kept])
     schemes = {linear.stored: linear.scheme for linear in plan.linears}
     steps = [next(iter(step)) for step in plan.recipe.steps]
     quantization = plan.format.config(schemes, skipped, steps)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from qtool import budget, devices, estimate, found, grids, group_sizes, keeping, plan_gguf, plan_learning, rotate
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import PlanError, RecipeError
-from qtool.formats import stored_bytes
+from qtool.formats import check_model, stored_bytes
 from qtool.mixtures import Shape
 from qtool.models import outline
 from qtool.models import skeleton as skeletons
@@ -197,7 +197,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, out: Path | None = None, d
         problem = budget.pose(recipe, format_, model_dtype, linears, layout.bytes_beside(linears))
         linears = _with_schemes(linears, problem.guess())
     recipe, linears = group_sizes.settle(recipe, _with_schemes(linears, schemes or {}))
-    _check([*linears, *outside], format_, steps, [skeleton.stored(name) for name, _ in kept])
+    _check([*linears, *outside], format_, steps, skeleton, kept)
     stages = layout.stages(linears, outside)
     recipe = settle_calibration(recipe, target)
     samples = recipe.calibration.samples or 0
@@ -230,7 +230,7 @@ def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> b
 def with_schemes(plan: Plan, chosen: Mapping[str, Scheme]) -> Plan:
     """The plan with these schemes, by the names of linears, and nothing left to choose. Raises PlanError."""
     linears = _with_schemes(plan.linears, chosen)
-    _check(linears, plan.format, plan.steps, [plan.skeleton.stored(name) for name, _ in plan.kept])
+    _check(linears, plan.format, plan.steps, plan.skeleton, plan.kept)
     return replace(plan, stages=plan.layout.stages(linears, plan.outside), problem=None,
                    warnings=tuple(_warnings(linears, plan.format)))
 
@@ -340,14 +340,16 @@ def settle_calibration(recipe: Recipe, device: torch.device) -> Recipe:
 
 
 def _check(linears: list[LinearPlan], format_: ModuleType, steps: Sequence[tuple[ModuleType, Any]],
-           others: Sequence[str]) -> None:
+           skeleton: Skeleton, kept: Sequence[tuple[str, str]]) -> None:
     for linear in linears:
         reason = found.load("grids", linear.scheme.grid).check(linear.scheme)
-        reason = reason or format_.check(linear.scheme, linear.name, linear.shape)
+        reason = reason or format_.check(linear.scheme, linear.stored, linear.shape)
         reason = reason or next(filter(None, (_unfit(linear.scheme, step) for step, _ in steps)), None)
         if reason:
             raise PlanError(reason)
-    reason = format_.check_together({linear.stored: linear.scheme for linear in linears}, others)
+    stored = {linear.stored: linear.scheme for linear in linears}
+    reason = format_.check_together(stored, [skeleton.stored(name) for name, _ in kept])
+    reason = reason or check_model(format_, skeleton.model_type, stored)
     if reason:
         raise PlanError(reason)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool import decode, flags, found, kept, manifest, recipe, rotate
+from qtool import decode, flags, formats, found, kept, manifest, recipe, rotate
 from qtool.checkpoint import stacks
 from qtool.checkpoint.header import read_header, read_json
 from qtool.checkpoint.reader import Checkpoint, shard_names
@@ -228,7 +228,7 @@ def _files(output: Source, plan: Plan, part: Plan, record: Mapping[str, Any]) ->
             instead[old[0]] += [spec for name, spec in new.items() if name not in old]
     files = []
     folder = output.directory
-    members: stacks.Members = getattr(plan.format, "members", lambda _: [])
+    members = formats.members(plan.format)
     index = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in shard_names(index, _index(folder), str(folder)):
         specs = [one for spec, _ in read_header(folder / name).values() for one in stacks.parts(spec, members)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -84,29 +84,32 @@ class Layout:
                 around[place].append(apart[name])
             elif name not in quantized and name not in bones.tied:
                 copied[place].append(bones.source(name))
+        placed = formats.placing(self.format, [one.stored for here in by_block for one in here])
         stages = [self._around("before", copied[-1], around[-1])]
         for index, here in enumerate(by_block):
             attention = self.attentions[index] if self.attentions else None
-            specs = self._outputs(copied[index], here, attention)
+            specs = self._outputs(copied[index], here, attention, placed)
             stages.append(Stage(f"block {index}", index, tuple(here), tuple(copied[index]), specs, attention))
         return (*stages, self._around("after", copied[len(by_block)], around[len(by_block)]))
 
     def _around(self, name: str, copied: list[str], outside: list[LinearPlan]) -> Stage:
-        return Stage(name, None, (), tuple(copied), self._outputs(copied, outside, None), outside=tuple(outside))
+        return Stage(name, None, (), tuple(copied), self._outputs(copied, outside, None, lambda spec: spec),
+                     outside=tuple(outside))
 
     def bytes_beside(self, linears: Sequence[LinearPlan]) -> int:
         """Bytes in the output of all tensors but the weights of `linears`."""
         sizes = {spec.name: spec.nbytes for stage in self.stages([]) for spec in stage.outputs}
         return sum(sizes.values()) - sum(sizes[one.stored + ".weight"] for one in linears)
 
-    def _outputs(self, names: list[str], linears: list[LinearPlan], attention: str | None) -> tuple[TensorSpec, ...]:
+    def _outputs(self, names: list[str], linears: list[LinearPlan], attention: str | None,
+                 placed: Callable[[TensorSpec], TensorSpec]) -> tuple[TensorSpec, ...]:
         specs = [spec for one in linears
                  for spec in self.format.layout(one.stored, one.shape, one.scheme, self.dtype)]
         specs += self.format.kv_scales(attention) if attention else []
         for name in names:
             spec = self.specs[name]
             dense = self.convert and spec.dtype in FLOATING
-            specs.append(formats.placed(self.format, TensorSpec(name, self.dtype, spec.shape) if dense else spec))
+            specs.append(placed(TensorSpec(name, self.dtype, spec.shape) if dense else spec))
         return tuple(specs)
 
 

@@ -5,16 +5,17 @@ Everything is decided before anything is written, from headers and from the smal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from qtool import found
+from qtool import formats, found
 from qtool.decode import Source
 from qtool.errors import InputError
 from qtool.models import outline, skeleton
+from qtool.models.skeleton import Skeleton
 from qtool.recipe import Scheme
 from qtool.tensors import INPUT_SCALE
 
@@ -25,13 +26,14 @@ OTHERWISE = "(or --to hf, which keeps dense weights, or --requantize RECIPE, whi
 class Transfer:
     """How the target holds the source.
 
-    schemes: of every quantized linear.  skipped: the other linears.  dtype: for layout and pack, the model's, or
-    float32 where the scales need it.  scale_dtype: of the scales that are packed.  attentions: whose scales of cached
-    keys and values go over.
+    schemes: of every quantized linear.  skipped: the other linears.  told: what a config calls these.
+    dtype: for layout and pack, the model's, or float32 where the scales need it.  scale_dtype: of the scales that are
+    packed.  attentions: whose scales of cached keys and values go over.
     """
 
     schemes: dict[str, Scheme]
     skipped: tuple[str, ...]
+    told: tuple[str, ...]
     dtype: torch.dtype
     scale_dtype: torch.dtype
     attentions: tuple[str, ...] = ()
@@ -51,21 +53,31 @@ def plan(source: Source, target: ModuleType) -> Transfer:
             raise InputError(f"{reason} {OTHERWISE}")
     skipped = tuple(name for name in linears.every if name not in source.schemes)
     reason = target.check_together(source.schemes, skipped)
+    reason = reason or formats.check_model(target, str(source.config.get("model_type")), source.schemes)
     if reason:
         raise InputError(f"{reason} {OTHERWISE}")
     wide = _needs_float32(source, target)
     dtype = torch.float32 if wide else source.dtype
-    return Transfer(dict(source.schemes), skipped, dtype,
+    return Transfer(dict(source.schemes), skipped, linears.told(skipped), dtype,
                     torch.float32 if wide else target.scale_dtype(source.dtype),
                     tuple(source.cache_scales()) if hasattr(target, "kv_scales") else ())
 
 
 @dataclass(frozen=True)
 class Linears:
-    """Stored names: of all linears of the architecture, and of those inside the blocks (routers left out)."""
+    """Stored names: of all linears of the architecture, and of those inside the blocks (routers left out).
+
+    modules: of each of all, its path in the model.  bones: the model.
+    """
 
     every: tuple[str, ...]
     inside: frozenset[str]
+    modules: dict[str, str]
+    bones: Skeleton
+
+    def told(self, stored: Iterable[str]) -> tuple[str, ...]:
+        """What a config calls some of them."""
+        return tuple(self.bones.both_names(self.modules[name] for name in stored))
 
 
 def _linears(source: Source) -> Linears:
@@ -74,7 +86,8 @@ def _linears(source: Source) -> Linears:
     inside = [name for index in range(len(bones.blocks)) for name in bones.block_linears(index)]
     names = [*inside, *([bones.head] if bones.head else []), *bones.routers]
     stored = {name: bones.source(name + ".weight").removesuffix(".weight") for name in names}
-    return Linears(tuple(stored[name] for name in names), frozenset(stored[name] for name in inside))
+    return Linears(tuple(stored[name] for name in names), frozenset(stored[name] for name in inside),
+                   {stored[name]: name for name in names}, bones)
 
 
 def _in_the_way(source: Source, linear: str) -> str | None:

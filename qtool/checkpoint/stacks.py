@@ -16,6 +16,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import CheckpointError, PlanError
 from qtool.tensors import TensorSpec
 
+MAX_PARTS = 1 << 19
 Members = Callable[[TensorSpec], list[str]]  # of a tensor in a file: the names of its parts; none if it is no stack
 
 
@@ -27,12 +28,12 @@ def units(specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
     found: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         found.setdefault(spec.stored, []).append(spec)
-    for name, parts in found.items():
-        parts.sort(key=_number)
-        if parts[0].stack is not None and [_number(one) for one in parts] != list(range(len(parts))):
-            raise PlanError(f"'{name}' would hold the experts {[_number(one) for one in parts][:8]}, not all of them "
-                            "or some twice; quantize all experts of a layer or none")
-        if len({(one.dtype, one.shape) for one in parts}) > 1:
+    for name, unit in found.items():
+        unit.sort(key=_number)
+        if unit[0].stack is not None and [_number(one) for one in unit] != list(range(len(unit))):
+            raise PlanError(f"'{name}' would hold the experts {[_number(one) for one in unit][:8]}, not all of them or "
+                            "some twice; give all experts of a layer one scheme")
+        if len({(one.dtype, one.shape) for one in unit}) > 1:
             raise PlanError(f"'{name}' would hold experts of several types or shapes; give all experts of a layer one "
                             "scheme")
     return list(found.values())
@@ -41,14 +42,14 @@ def units(specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
 def entries(specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
     """The tensors as the header of a file names them, of their parts in the order of the file."""
     for name, group in groupby(specs, key=lambda one: one.stored):
-        parts = list(group)
-        stacked = parts[0].stack is not None
-        yield TensorSpec(name, parts[0].dtype, (len(parts), *parts[0].shape)) if stacked else parts[0]
+        unit = list(group)
+        stacked = unit[0].stack is not None
+        yield TensorSpec(name, unit[0].dtype, (len(unit), *unit[0].shape)) if stacked else unit[0]
 
 
 def parts(spec: TensorSpec, members: Members) -> list[TensorSpec]:
-    """The parts of a tensor in a file; itself if it is no stack."""
-    names = members(spec)
+    """The parts of a tensor in a file; itself if it is no stack, or an empty one, which may claim any number."""
+    names = members(spec) if spec.nbytes else []
     return [TensorSpec(name, spec.dtype, spec.shape[1:], (spec.name, number)) for number, name in enumerate(names)] \
         or [spec]
 
@@ -56,10 +57,13 @@ def parts(spec: TensorSpec, members: Members) -> list[TensorSpec]:
 def unstacked(checkpoint: Checkpoint, members: Members) -> Checkpoint:
     """The checkpoint with the parts of its stacks as tensors of their own; itself where it has none.
 
-    Raises CheckpointError for a part that is there twice.
+    Of a part all rows are read, also for a few. Raises CheckpointError for one that is there twice, and for too many.
     """
     specs: dict[str, TensorSpec] = {}
     for one in (one for spec in checkpoint.specs.values() for one in parts(spec, members)):
+        if len(specs) >= MAX_PARTS:
+            raise CheckpointError(f"{checkpoint.origin}: its tensors claim to hold more than {MAX_PARTS} parts, more "
+                                  "than any model has; fetch the model again")
         if one.name in specs:
             raise CheckpointError(f"{checkpoint.origin}: '{one.name}' is there twice, in '{specs[one.name].stored}' "
                                   f"and in '{one.stored}'; fetch the model again")

@@ -18,14 +18,15 @@ and, where the usual does not hold,
     adapted(config)                           the rest of config.json as its readers want it
     WIDER                                     grid -> dtypes whose values its scales may have too, as float32 tensors
     int4(linear_name, config)                 the tensor with 4-bit codes, its layout (ops/int4.py)
-    stacked(spec), members(spec)              a dense tensor as the part of one for all experts that it is then; of such
-                                              a one, the names of its parts (checkpoint/stacks.py)
+    stacked(spec), members(spec)              a tensor of an expert as a part of the one for all of its kind; of such a
+                                              one, the names of its parts (checkpoint/stacks.py)
+    check_model(model_type, linears)          why a model with these quantized linears cannot be held, or None
     obstacle(linear_name, read, scheme, shape, config)           why the codes cannot be kept in another format, or None
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -38,8 +39,8 @@ from qtool.recipe import Scheme
 from qtool.tensors import TensorSpec
 
 __all__ = [
-    "QUANTIZATION_KEYS", "fused_name", "fused_sets", "load", "names", "placed", "quantization_config", "recognise",
-    "stored_bytes", "with_quantization",
+    "QUANTIZATION_KEYS", "check_model", "fused_name", "fused_sets", "load", "members", "names", "placing",
+    "quantization_config", "recognise", "stored_bytes", "with_quantization",
 ]
 
 
@@ -58,10 +59,23 @@ def recognise(config: Mapping[str, Any]) -> ModuleType | None:
     return next((module for module in map(load, names()) if module.recognises(config)), None)
 
 
-def placed(format_: ModuleType, spec: TensorSpec) -> TensorSpec:
-    """A tensor that stays dense, as a checkpoint of this format has it."""
-    found: TensorSpec = getattr(format_, "stacked", lambda one: one)(spec)
+def placing(format_: ModuleType, quantized: Iterable[str]) -> Callable[[TensorSpec], TensorSpec]:
+    """How tensors that stay dense lie in a checkpoint of this format in which the linears `quantized` are."""
+    stacked = getattr(format_, "stacked", None)
+    if stacked is None or not any(".experts." in name for name in quantized):
+        return lambda spec: spec
+    return stacked  # type: ignore[no-any-return]
+
+
+def check_model(format_: ModuleType, model_type: str, linears: Iterable[str]) -> str | None:
+    """Why a checkpoint of this format cannot hold a model in which the linears `linears` are quantized, or None."""
+    found: str | None = getattr(format_, "check_model", lambda *_: None)(model_type, linears)
     return found
+
+
+def members(format_: ModuleType) -> Callable[[TensorSpec], list[str]]:
+    """What tells the names of the parts of a tensor in a file, none if it is no stack."""
+    return getattr(format_, "members", lambda spec: [])
 
 
 def with_quantization(config: Mapping[str, Any], format_: ModuleType, said: Mapping[str, Any]) -> dict[str, Any]:

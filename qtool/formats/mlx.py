@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +38,12 @@ CONFIG_KEYS = ("quantization", "quantization_config")
 METADATA = {"format": "mlx"}
 WIDER = {"affine": (torch.bfloat16, torch.float16)}
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-KINDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # as Mixtral has them, and mlx-lm
-EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w[123])")  # block, number, kind
-SWITCH = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases|bias)")  # ... part
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # what mlx-lm calls them
+EXPERT = re.compile(r"(.+\.mlp)\.experts\.(\d{1,6})\.(gate_proj|up_proj|down_proj)"
+                    r"|(.+\.block_sparse_moe)\.experts\.(\d{1,6})\.(w[123])")  # block, number, kind
+SWITCH = re.compile(r"(.+\.(?:mlp|block_sparse_moe))\.switch_mlp\.(gate_proj|up_proj|down_proj)\."
+                    r"(weight|scales|biases)")
+OTHERWISE = ("afmoe", "dots1", "Klear")  # model types whose experts mlx-lm does not call switch_mlp
 MAX_EXPERTS = 4096
 SPARE_BITS = 0xFF  # of a float32 mantissa, beside 16 significant ones
 LOADERS = (
@@ -55,8 +58,8 @@ def check(scheme: Scheme, linear_name: str, shape: tuple[int, int]) -> str | Non
         return (f"{NAME} holds weight-only integers, not the {scheme.label} of {linear_name}; nearest: grid affine, "
                 f"{scheme.bits} bits, no activations")
     if ".experts." in linear_name and _switch(linear_name) is None:
-        return (f"{linear_name} is no expert of a kind that mlx-lm has (gate_proj, up_proj, down_proj or w1, w2, w3); "
-                "nearest: a rule that skips experts, or another --format")
+        return (f"{linear_name}: of experts {NAME} is written for mlp.experts with gate_proj, up_proj, down_proj and "
+                "block_sparse_moe.experts with w1, w2 and w3; nearest: a rule that skips experts, or another --format")
     if scheme.bits not in BITS:
         return f"{NAME} packs 2, 3, 4, 5, 6 or 8 bits, not the {scheme.bits} of {linear_name}; nearest: 6 or 8"
     group, columns = int(scheme.group_size), shape[1]
@@ -77,9 +80,18 @@ def check_together(schemes: Mapping[str, Scheme], others: Collection[str] = ()) 
         first, before = found.setdefault(switch[0], (name, scheme)) if switch else (name, scheme)
         if scheme != before:
             labels = [one.label if one else "unquantized" for one in (before, scheme)]
-            return (f"{NAME} holds all experts of a layer as one tensor, and {first} is {labels[0]}, but {name} "
+            return (f"{NAME} holds this linear of all experts as one tensor, and {first} is {labels[0]}, but {name} "
                     f"{labels[1]}; use a rule that matches all of them (experts.*)")
     return None
+
+
+def check_model(model_type: str, linears: Iterable[str]) -> str | None:
+    """Why a model whose linears `linears` are quantized cannot be held: mlx-lm calls its experts otherwise."""
+    expert = next((name for name in linears if ".experts." in name), None)
+    if model_type not in OTHERWISE or expert is None:
+        return None
+    return (f"{NAME}: mlx-lm has other names for the experts of {model_type} than {NAME} is written with "
+            f"({expert}); nearest: a rule that skips experts, or another --format")
 
 
 def notes(schemes: Mapping[str, Scheme]) -> list[str]:
@@ -108,17 +120,17 @@ def layout(linear_name: str, shape: tuple[int, int], scheme: Scheme, model_dtype
 def stacked(spec: TensorSpec) -> TensorSpec:
     """The tensor of an expert as a part of the one for all of its kind; others as they are."""
     linear, _, what = spec.name.rpartition(".")
-    switch = _switch(linear)
+    switch = _switch(linear) if what in SUFFIXES else None
     return replace(spec, stack=(f"{switch[0]}.{what}", switch[1])) if switch else spec
 
 
 def members(spec: TensorSpec) -> list[str]:
     """The names of the experts' tensors that lie in a tensor [experts, N, ...]; none if it is no such one."""
     found = SWITCH.fullmatch(spec.name)
-    if found is None or len(spec.shape) != 3 or spec.shape[0] > MAX_EXPERTS:  # 0 bytes may claim any number
+    if found is None or len(spec.shape) != 3 or spec.shape[0] > MAX_EXPERTS:
         return []
     block, kind, part = found.groups()
-    ours = {theirs: name for name, theirs in KINDS.items()}[kind] if block.endswith("block_sparse_moe") else kind
+    ours = {theirs: name for name, theirs in MIXTRAL.items()}[kind] if block.endswith("block_sparse_moe") else kind
     return [f"{block}.experts.{number}.{ours}.{part}" for number in range(spec.shape[0])]
 
 
@@ -224,7 +236,8 @@ def _scheme(linear_name: str, said: Mapping[str, Any],
         raise CheckpointError(f"{linear_name}: {bits} bits in groups of {size} are no mode of MLX that is read")
     if words is None or len(words.shape) != 2 or scales.shape != (words.shape[0], columns // int(scheme.group_size)):
         raise CheckpointError(f"{linear_name}: weight {list(words.shape) if words else 'is missing'} and scales "
-                              f"{list(scales.shape)} are no matrix of {bits} bits in groups of {size}")
+                              f"{list(scales.shape)} are no matrix of {bits} bits in groups of {size}, and no "
+                              "experts in one tensor under a name that is known (mlp.switch_mlp.gate_proj)")
     return scheme, (words.shape[0], columns)
 
 
@@ -233,8 +246,8 @@ def _switch(linear_name: str) -> tuple[str, int] | None:
     found = EXPERT.fullmatch(linear_name)
     if found is None:
         return None
-    block, number, kind = found.groups()
-    return f"{block}.switch_mlp.{KINDS.get(kind, kind)}", int(number)
+    block, number, kind = (one for one in found.groups() if one is not None)
+    return f"{block}.switch_mlp.{MIXTRAL.get(kind, kind)}", int(number)
 
 
 def _path(linear_name: str) -> str:

@@ -18,12 +18,13 @@ def linears(quantization: Mapping[str, Any], store: Store) -> dict[str, Reader]:
     found: dict[str, Reader] = {}
     for name in store.stems("scales"):
         block, _, kind = name.partition(".switch_mlp.")
-        if not kind:
+        experts = store.shape(f"{name}.scales")
+        if kind not in MIXTRAL or len(experts) != 3 or 0 in experts:
             found[name] = _reader(quantization, store, name, None)
             continue
         own = MIXTRAL[kind] if block.endswith("block_sparse_moe") else kind
         found |= {f"{block}.experts.{number}.{own}": _reader(quantization, store, name, number)
-                  for number in range(store.shape(f"{name}.scales")[0])}
+                  for number in range(experts[0])}
     return found
 
 
@@ -38,9 +39,8 @@ def _reader(quantization: Mapping[str, Any], store: Store, name: str, expert: in
 
 
 def _decoded(store: Store, name: str, bits: int, group_size: int, expert: int | None) -> np.ndarray:
-    words, scale, bias = (store.words(f"{name}.weight"), store.floats(f"{name}.scales"), store.floats(f"{name}.biases"))
-    if expert is not None:
-        words, scale, bias = words[expert], scale[expert], bias[expert]
+    words, scale, bias = (store.words(f"{name}.weight", expert), store.floats(f"{name}.scales", expert),
+                          store.floats(f"{name}.biases", expert))
     rows, columns = len(words), words.shape[1] * 32 // bits
     for what, found in (("scales", scale), ("biases", bias)):
         expect(name, what, found.shape, (rows, columns // group_size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,38 +56,44 @@ class Store:
     def dtype(self, name: str) -> str:
         return self._place(name).dtype
 
-    def bytes(self, name: str) -> np.ndarray:
-        """uint8 [any], as stored."""
-        place = self._place(name)
+    def bytes(self, name: str, part: int | None = None) -> np.ndarray:
+        """uint8 [any], as stored. part: of the first dimension, here and below; None: all of it."""
+        place = self._place(name, part)
         found = np.fromfile(place.file, np.uint8, place.size, offset=place.start)
         if len(found) != place.size:
             raise CheckpointError(f"{place.file}: ends inside {name}; fetch the file again")
         return found
 
-    def numbers(self, name: str, *dtypes: str) -> np.ndarray:
+    def numbers(self, name: str, *dtypes: str, part: int | None = None) -> np.ndarray:
         """In its own element type, which must be one of `dtypes`."""
-        place = self._place(name)
+        place = self._place(name, part)
         if place.dtype not in dtypes:
             raise CheckpointError(f"{name} is {place.dtype}, not {' or '.join(dtypes)} as its format wants")
-        return self.bytes(name).view(PLAIN[place.dtype]).reshape(place.shape)
+        return self.bytes(name, part).view(PLAIN[place.dtype]).reshape(place.shape)
 
-    def words(self, name: str) -> np.ndarray:
+    def words(self, name: str, part: int | None = None) -> np.ndarray:
         """uint32, of int32 or uint32."""
-        return self.numbers(name, "I32", "U32").view("<u4")
+        return self.numbers(name, "I32", "U32", part=part).view("<u4")
 
-    def floats(self, name: str) -> np.ndarray:
+    def floats(self, name: str, part: int | None = None) -> np.ndarray:
         """float32, of any floating element type; float8_e4m3 by its definition."""
-        place = self._place(name)
+        place = self._place(name, part)
         if place.dtype == "F8_E4M3":
-            return e4m3()[self.bytes(name)].reshape(place.shape)
+            return e4m3()[self.bytes(name, part)].reshape(place.shape)
         if place.dtype == "BF16":
-            return (self.bytes(name).view("<u2").astype("<u4") << 16).view("<f4").reshape(place.shape)
-        return self.numbers(name, "F16", "F32", "F64").astype(np.float32)
+            return (self.bytes(name, part).view("<u2").astype("<u4") << 16).view("<f4").reshape(place.shape)
+        return self.numbers(name, "F16", "F32", "F64", part=part).astype(np.float32)
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str, part: int | None = None) -> Place:
         if name not in self.places:
             raise CheckpointError(f"{name} is missing; the download is incomplete, or config.json is another file's")
-        return self.places[name]
+        place = self.places[name]
+        if part is None:
+            return place
+        if not place.shape or part >= place.shape[0]:
+            raise CheckpointError(f"{name} has the shape {list(place.shape)}, and so no part {part}")
+        size = place.size // place.shape[0]
+        return replace(place, shape=place.shape[1:], start=place.start + part * size, size=size)
 
 
 def _files(folder: Path) -> list[Path]:

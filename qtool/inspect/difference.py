@@ -42,13 +42,15 @@ def _side(source: Source) -> dict[str, Any]:
 
 
 def _tensors(first: Source, second: Source, step: Step) -> dict[str, Any]:
-    """Names as stored: how many are equal byte for byte (name, dtype, shape, data), which are not."""
+    """Names as stored, each expert by itself: how many are equal byte for byte (name, dtype, shape, data), which are
+    not."""
     left, right = first.checkpoint.specs, second.checkpoint.specs
     shared = [name for name in left if name in right]
     different = []
     for done, name in enumerate(shared):
         step(done, len(shared), name)
-        if left[name] != right[name] or not same_bits(first.checkpoint.read(name), second.checkpoint.read(name)):
+        kinds = [(one[name].dtype, one[name].shape) for one in (left, right)]
+        if kinds[0] != kinds[1] or not same_bits(first.checkpoint.read(name), second.checkpoint.read(name)):
             different.append(name)
     return {"equal": len(shared) - len(different), "different": different,
             "only_a": [name for name in left if name not in right],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,14 @@ class Skeleton:
         return families.checkpoint_name(self.model_type, self.tied.get(parameter, parameter))
 
     def stored(self, linear: str) -> str:
-        """What the checkpoint calls a linear, tied or not."""
+        """What the checkpoint calls a linear."""
         return families.checkpoint_name(self.model_type, f"{linear}.weight").removesuffix(".weight")
+
+    def both_names(self, linears: Iterable[str]) -> list[str]:
+        """What a config calls linears: some readers look for a module, some for what the checkpoint calls it. Of the
+        output head all know the module."""
+        return list(dict.fromkeys(name for one in linears
+                                  for name in ((one,) if one == self.head else (one, self.stored(one)))))
 
     def block_parameters(self, index: int) -> list[str]:
         """Parameters (and stored buffers) of block `index`."""

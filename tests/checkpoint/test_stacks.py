@@ -78,7 +78,7 @@ def part(number: int, rows: int = 2) -> TensorSpec:
 
 
 @pytest.mark.parametrize(("specs", "message"), [
-    ([part(0), part(2)], r"'w' would hold the experts \[0, 2\]"), ([part(1)], "all experts of a layer or none"),
+    ([part(0), part(2)], r"'w' would hold the experts \[0, 2\]"), ([part(1)], "all experts of a layer one scheme"),
     ([part(0), part(0)], "some twice"), ([part(0), part(1, 3)], "several types or shapes"),
 ])
 def test_a_stack_that_is_not_whole_is_refused(specs: list[TensorSpec], message: str) -> None:
@@ -94,3 +94,15 @@ def test_an_expert_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     whole.specs["stack.w"] = TensorSpec("stack.w", torch.uint8, (1, 2))
     with pytest.raises(CheckpointError, match=r"'experts.0.w' is there twice, in 'experts.0.w' and in 'stack.w'"):
         stacks.unstacked(whole, lambda spec: ["experts.0.w"] if spec.name == "stack.w" else [])
+
+
+def test_parts_without_data_or_without_end_are_not_believed(tmp_path: Path) -> None:
+    """A header may claim any number of empty tensors."""
+    assert stacks.parts(TensorSpec("stack.w", torch.uint8, (4096, 0, 4)), members) == [
+        TensorSpec("stack.w", torch.uint8, (4096, 0, 4))]
+    ShardWriter(tmp_path, plan_shards([TensorSpec("a", torch.uint8, (1,))], 100)).finish()
+    (tmp_path / "config.json").write_text("{}")
+    whole = open_directory(tmp_path)
+    whole.specs |= {f"stack{number}.w": TensorSpec(f"stack{number}.w", torch.uint8, (4096, 1)) for number in range(200)}
+    with pytest.raises(CheckpointError, match="more than any model has"):
+        stacks.unstacked(whole, members)

@@ -104,6 +104,26 @@ def test_stacked_experts_of_mlx(family: str, run: Run, tmp_path: Path) -> None:
     assert all(same[name] != ("layers.1." in name and ".experts." in name) for name in same)
 
 
+def test_experts_that_stay_dense(run: Run, tmp_path: Path) -> None:
+    """A config calls them as the model and as the checkpoint does; in MLX those of a kind lie in one tensor if others
+    are quantized, and as in the model if none is. Equal ones are equal to --diff wherever they lie."""
+    model = tiny.make(tmp_path / "model", "mixtral")
+    for name, format_, rule in (("ct", "compressed-tensors", "*.experts.*.w1"), ("some", "mlx", "*.experts.*.w1"),
+                                ("all", "mlx", "*.experts.*")):
+        assert run("quantize", model, "--method", "rtn", "--format", format_, "--out", tmp_path / name, *SMALL, "--set",
+                   f'rules=[{{match: "{rule}", skip: true}}]')[0] == 0
+    ignored = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.layers.1.mlp.experts.3.w1", "model.layers.1.block_sparse_moe.experts.3.w1"} <= {*ignored}
+    some, every = (load_file(tmp_path / name / "model.safetensors") for name in ("some", "all"))
+    assert some["model.layers.1.block_sparse_moe.switch_mlp.gate_proj.weight"].shape == (4, 128, 64)
+    assert not [name for name in every if "switch_mlp" in name]
+    assert len([name for name in every if ".experts." in name]) == 2 * 4 * 3
+    status, out, _ = run("inspect", "--diff", tmp_path / "some", model, "--json")
+    told = json.loads(out)["tensors"]
+    assert status == 0 and not [name for name in told["different"] if name.endswith("w1.weight")]
+    assert told["equal"] >= 2 * 4
+
+
 def test_scales_that_do_not_fit_are_refused(run: Run, gptq: Path, tmp_path: Path) -> None:
     """bfloat16 reaches where float16 does not; float16 is finer than bfloat16."""
     import shutil

@@ -85,3 +85,30 @@ def test_a_config_that_denies_what_is_stored(change: dict[str, Any], words: str,
     config = json.loads(json.dumps(formats.load("compressed-tensors").config({NAME: scheme}, []))) | change
     with pytest.raises(CheckpointError, match=words):
         independent.linears(tmp_path, config, "compressed-tensors")
+
+
+@pytest.mark.parametrize(("block", "kind"), [("mlp", "up_proj"), ("block_sparse_moe", "w3")])
+def test_stacked_experts_are_read_one_by_one(block: str, kind: str, tmp_path: Path) -> None:
+    scheme, module = Scheme(bits=4, group_size=32), formats.load("mlx")
+    names = [f"model.layers.0.{block}.experts.{number}.{kind}" for number in range(3)]
+    tensors = [random_tensor(8, 64, scheme, torch.bfloat16, number) for number in range(3)]
+    packed = [module.pack(name, tensor, torch.bfloat16) for name, tensor in zip(names, tensors, strict=True)]
+    stacked = {f"model.layers.0.{block}.switch_mlp.up_proj.{part}":
+               torch.stack([one[f"{name}.{part}"] for name, one in zip(names, packed, strict=True)])
+               for part in module.SUFFIXES}
+    save_file(stacked, tmp_path / "model.safetensors")
+    readers = independent.linears(tmp_path, module.config(dict.fromkeys(names, scheme), []), "mlx")
+    assert list(readers) == names
+    for name, tensor in zip(names, tensors, strict=True):
+        assert np.array_equal(readers[name](), dense(tensor).numpy())  # type: ignore[operator]
+    amounts: list[int] = []
+    real = np.fromfile
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store.np, "fromfile",
+                        lambda *given, **more: (amounts.append(given[2]), real(*given, **more))[1])
+        for name in names:
+            readers[name]()  # type: ignore[operator]
+    assert sum(amounts) == sum(tensor.nbytes for tensor in stacked.values())  # nothing twice
+    for shape in ((1 << 20, 0), (1 << 20, 0, 4)):
+        save_file({"a.mlp.switch_mlp.up_proj.scales": torch.empty(shape)}, tmp_path / "model.safetensors")
+        assert len(independent.linears(tmp_path, {"bits": 4, "group_size": 32}, "mlx")) == 1

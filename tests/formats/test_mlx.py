@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qtool import decode, formats
 from qtool.errors import CheckpointError, NumericalError
+from qtool.models import families
 from qtool.recipe import Scheme
 from qtool.tensors import TensorSpec
 from tests.formats.cases import NAME, InMemory, dense, random_tensor
@@ -139,17 +140,34 @@ def test_experts_lie_in_one_tensor_as_mlx_lm_calls_it(block: str, kinds: tuple[s
         assert MLX.stacked(dense).stack == (f"{there}.switch_mlp.{theirs}.weight", 3)
         said = MLX.config({NAME: Scheme(bits=8, group_size=64), **dict.fromkeys(experts, scheme)}, [])
         assert said["bits"] == 4 and said[NAME]["bits"] == 8
-        said = MLX.config(dict.fromkeys([NAME, *experts[:0]], scheme), experts)
+        said = MLX.config({NAME: scheme}, experts)
         assert said[f"{there}.switch_mlp.{theirs}"] is False and not [name for name in said if ".experts." in name]
 
 
 def test_what_is_no_expert_of_mlx_lm_stays_alone_or_is_refused() -> None:
-    for shape in ((3, 4), (3, 4, 5, 6), (1 << 40, 0, 4)):
+    for shape in ((3, 4), (3, 4, 5, 6), (1 << 40, 2, 4)):
         assert MLX.members(TensorSpec("model.layers.0.mlp.switch_mlp.up_proj.weight", torch.uint8, shape)) == []
     assert MLX.members(TensorSpec("model.layers.0.mlp.up_proj.weight", torch.uint8, (3, 4, 5))) == []
     alone = TensorSpec("model.layers.0.mlp.gate.weight", torch.bfloat16, (3, 4))
     assert MLX.stacked(alone) is alone
-    assert "no expert of a kind" in str(MLX.check(Scheme(group_size=32), "layers.0.mlp.experts.0.wide", (16, 64)))
+    for name in ("mlp.experts.0.wide", "feed_forward.experts.0.w1", "mlp.experts.0.w1"):
+        assert "a rule that skips experts" in str(MLX.check(Scheme(group_size=32), f"layers.0.{name}", (16, 64)))
+    expert = "model.layers.0.mlp.experts.0.up_proj"
+    assert "experts of dots1" in str(MLX.check_model("dots1", [NAME, expert]))
+    assert MLX.check_model("dots1", [NAME]) is None and MLX.check_model("qwen3_moe", [expert]) is None
+
+
+@pytest.mark.parametrize("family", [*families.EXPERT_LINEARS, "qwen3_moe", "dots1"])
+def test_what_is_stacked_is_found_again_under_its_name(family: str) -> None:
+    """Or it is refused before anything is written."""
+    for kind in families.expert_linears(family):
+        block = "feed_forward" if family == "lfm2_moe" else "mlp"
+        name = families.checkpoint_name(family, f"model.layers.3.{block}.experts.5.{kind}.weight")
+        spec = MLX.stacked(TensorSpec(name, torch.bfloat16, (4, 32)))
+        refused = MLX.check(Scheme(group_size=32), name.removesuffix(".weight"), (4, 32)) is not None
+        assert refused == (spec.stack is None)
+        if not refused:
+            assert MLX.members(TensorSpec(spec.stored, spec.dtype, (8, *spec.shape)))[5] == name
 
 
 def test_experts_of_a_kind_have_one_scheme() -> None:
