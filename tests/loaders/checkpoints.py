@@ -82,7 +82,9 @@ def build(one: Case, folder: Path, source: Path | None = None) -> Path:
             specs += module.layout(linear, spec.shape, scheme, model_dtype)
         else:
             skipped += [linear] if inside else []
-            specs.append(formats.placed(module, spec))
+            specs.append(spec)
+    placed = formats.placing(module, schemes)
+    specs = [spec if spec.name not in checkpoint.specs else placed(spec) for spec in specs]
     out = folder / one.name
     out.mkdir()
     writer = ShardWriter(out, plan_shards(specs, 1 << 40), getattr(module, "METADATA", None))
