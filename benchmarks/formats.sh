@@ -25,7 +25,6 @@ mkdir -p "$WORK"
 measure() {  # label, command...
   "$PYTHON" benchmarks/measure.py "$WORK" "$@"
 }
-JUDGED=()
 for type in $TYPES; do
   rm -rf "${WORK:?}/qtool-$type" "${WORK:?}/llama.cpp-$type" "${WORK:?}/plain-$type" "${WORK:?}/llama.cpp-plain-$type"
   mkdir -p "$WORK/llama.cpp-$type" "$WORK/plain-$type" "$WORK/llama.cpp-plain-$type"
@@ -46,9 +45,9 @@ for type in $TYPES; do
     --imatrix "$WORK/imatrix.safetensors"
   measure "qtool-$type" "$PYTHON" -m qtool quantize "$MODEL" --method "$type" --out "$WORK/qtool-$type" --json \
     --calibration "$DATA/wikitext2-valid.txt" --samples "$SAMPLES" --sequence-length 512
-  JUDGED+=("$WORK/qtool-$type" "$WORK/llama.cpp-$type" "$WORK/plain-$type")
+  "$PYTHON" benchmarks/side_by_side.py "$MODEL" "$DATA/wikitext2-test.txt" "$WORK/quality-$type.json" \
+    "$WORK/qtool-$type" "$WORK/llama.cpp-$type" "$WORK/plain-$type" --windows "$WINDOWS"  # all of them are in memory
 done
 ls -l "$WORK"/*/*.gguf
 if [ -n "$PLAIN" ]; then exit; fi
-"$PYTHON" benchmarks/side_by_side.py "$MODEL" "$DATA/wikitext2-test.txt" "$WORK/quality.json" "${JUDGED[@]}" --windows "$WINDOWS"
-cat "$WORK/quality.json"
+for type in $TYPES; do cat "$WORK/quality-$type.json"; done
