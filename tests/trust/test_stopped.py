@@ -26,13 +26,16 @@ KEPT = "finished blocks are kept, the same command goes on from there"
 READY = "open({ready!r}, 'w').close()\n"
 SLOW_HASHES = """
 import time, types
+from qtool import files
 from qtool.checkpoint import tensor_io
 class Slow:
     def update(self, data):
         open({ready!r}, 'w').close()
         time.sleep(0.05)
+    def hexdigest(self):
+        return 'of a part'
 tensor_io.HASH_BYTES = 256
-tensor_io.hashlib = types.SimpleNamespace(sha256=Slow)
+files.hashlib = types.SimpleNamespace(sha256=Slow)
 """
 LAST_FILE = """
 import os, time
