@@ -168,7 +168,7 @@ def _reason(scheme: Scheme, linear: LinearPlan, format_: ModuleType) -> str | No
     columns = linear.shape[1]
     if scheme.group_size != -1 and columns % int(scheme.group_size):
         return f"group size {scheme.group_size} does not divide its {columns} input columns"
-    return format_.check(scheme, linear.stored, linear.shape)
+    return linear.refused(format_, scheme)
 
 
 def _refuse_unused(problem: Problem, schemes: Sequence[Scheme], format_: ModuleType, linears: Sequence[LinearPlan],

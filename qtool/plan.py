@@ -301,7 +301,7 @@ def _match(recipe: Recipe, skeleton: Skeleton,
                 kept.append((name, f"rule {recipe.rules[rule].match} leaves it as it is" if rule is not None
                              else plan_gguf.NO_TYPE))
                 continue
-            stored = skeleton.source(name + ".weight").removesuffix(".weight")
+            stored = skeleton.stored(name)
             scheme = plan_gguf.typed(scheme) if shape else scheme
             linears.append(LinearPlan(name, stored, (rows, columns), scheme, index))
     outside: list[LinearPlan] = []
@@ -343,7 +343,7 @@ def _check(linears: list[LinearPlan], format_: ModuleType, steps: Sequence[tuple
            skeleton: Skeleton, kept: Sequence[tuple[str, str]]) -> None:
     for linear in linears:
         reason = found.load("grids", linear.scheme.grid).check(linear.scheme)
-        reason = reason or format_.check(linear.scheme, linear.stored, linear.shape)
+        reason = reason or linear.refused(format_, linear.scheme)
         reason = reason or next(filter(None, (_unfit(linear.scheme, step) for step, _ in steps)), None)
         if reason:
             raise PlanError(reason)

@@ -82,8 +82,7 @@ def outside(recipe: Recipe, skeleton: Skeleton,
         if scheme is None:
             kept.append((linear, NO_TYPE if rule is None else f"rule {recipe.rules[rule].match} leaves it as it is"))
             continue
-        stored = skeleton.source(name).removesuffix(".weight")
-        linears.append(LinearPlan(linear, stored, (rows, columns), typed(scheme), -1))
+        linears.append(LinearPlan(linear, skeleton.stored(linear), (rows, columns), typed(scheme), -1))
     return linears, kept, used
 
 

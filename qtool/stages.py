@@ -13,6 +13,8 @@ from qtool.models.skeleton import Skeleton
 from qtool.recipe import Scheme
 from qtool.tensors import FLOATING, TensorSpec
 
+Placed = Callable[[TensorSpec], TensorSpec]  # how a tensor that stays dense lies in the output
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -26,6 +28,11 @@ class LinearPlan:
     shape: tuple[int, int]
     scheme: Scheme
     block: int
+
+    def refused(self, format_: ModuleType, scheme: Scheme) -> str | None:
+        """Why a format cannot hold it so, or None; it is called as rules call it."""
+        reason = format_.check(scheme, self.stored, self.shape)
+        return reason.replace(self.stored, self.name) if reason else None
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,16 @@ class Layout:
             elif name not in quantized and name not in bones.tied:
                 copied[place].append(bones.source(name))
         placed = formats.placing(self.format, [one.stored for here in by_block for one in here])
-        stages = [self._around("before", copied[-1], around[-1])]
+        stages = [self._around("before", copied[-1], around[-1], placed)]
         for index, here in enumerate(by_block):
             attention = self.attentions[index] if self.attentions else None
             specs = self._outputs(copied[index], here, attention, placed)
             stages.append(Stage(f"block {index}", index, tuple(here), tuple(copied[index]), specs, attention))
-        return (*stages, self._around("after", copied[len(by_block)], around[len(by_block)]))
+        return (*stages, self._around("after", copied[len(by_block)], around[len(by_block)], placed))
 
-    def _around(self, name: str, copied: list[str], outside: list[LinearPlan]) -> Stage:
-        return Stage(name, None, (), tuple(copied), self._outputs(copied, outside, None, lambda spec: spec),
-                     outside=tuple(outside))
+    def _around(self, name: str, copied: list[str], outside: list[LinearPlan], placed: Placed) -> Stage:
+        outputs = self._outputs(copied, outside, None, placed)
+        return Stage(name, None, (), tuple(copied), outputs, outside=tuple(outside))
 
     def bytes_beside(self, linears: Sequence[LinearPlan]) -> int:
         """Bytes in the output of all tensors but the weights of `linears`."""
@@ -102,7 +109,7 @@ class Layout:
         return sum(sizes.values()) - sum(sizes[one.stored + ".weight"] for one in linears)
 
     def _outputs(self, names: list[str], linears: list[LinearPlan], attention: str | None,
-                 placed: Callable[[TensorSpec], TensorSpec]) -> tuple[TensorSpec, ...]:
+                 placed: Placed) -> tuple[TensorSpec, ...]:
         specs = [spec for one in linears
                  for spec in self.format.layout(one.stored, one.shape, one.scheme, self.dtype)]
         specs += self.format.kv_scales(attention) if attention else []

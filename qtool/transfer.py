@@ -5,7 +5,7 @@ Everything is decided before anything is written, from headers and from the smal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -51,33 +51,27 @@ def plan(source: Source, target: ModuleType) -> Transfer:
         reason = reason or _in_the_way(source, linear)
         if reason:
             raise InputError(f"{reason} {OTHERWISE}")
-    skipped = tuple(name for name in linears.every if name not in source.schemes)
+    skipped = tuple(name for name in linears.modules if name not in source.schemes)
     reason = target.check_together(source.schemes, skipped)
     reason = reason or formats.check_model(target, str(source.config.get("model_type")), source.schemes)
     if reason:
         raise InputError(f"{reason} {OTHERWISE}")
     wide = _needs_float32(source, target)
     dtype = torch.float32 if wide else source.dtype
-    return Transfer(dict(source.schemes), skipped, linears.told(skipped), dtype,
+    told = linears.bones.both_names(linears.modules[name] for name in skipped)
+    return Transfer(dict(source.schemes), skipped, tuple(told), dtype,
                     torch.float32 if wide else target.scale_dtype(source.dtype),
                     tuple(source.cache_scales()) if hasattr(target, "kv_scales") else ())
 
 
 @dataclass(frozen=True)
 class Linears:
-    """Stored names: of all linears of the architecture, and of those inside the blocks (routers left out).
+    """modules: stored name -> path in the model, of all linears of the architecture.  inside: stored names of those
+    inside the blocks (routers left out).  bones: the model."""
 
-    modules: of each of all, its path in the model.  bones: the model.
-    """
-
-    every: tuple[str, ...]
-    inside: frozenset[str]
     modules: dict[str, str]
+    inside: frozenset[str]
     bones: Skeleton
-
-    def told(self, stored: Iterable[str]) -> tuple[str, ...]:
-        """What a config calls some of them."""
-        return tuple(self.bones.both_names(self.modules[name] for name in stored))
 
 
 def _linears(source: Source) -> Linears:
@@ -85,9 +79,7 @@ def _linears(source: Source) -> Linears:
     bones = outline.build(*described) or skeleton.build(*described)
     inside = [name for index in range(len(bones.blocks)) for name in bones.block_linears(index)]
     names = [*inside, *([bones.head] if bones.head else []), *bones.routers]
-    stored = {name: bones.source(name + ".weight").removesuffix(".weight") for name in names}
-    return Linears(tuple(stored[name] for name in names), frozenset(stored[name] for name in inside),
-                   {stored[name]: name for name in names}, bones)
+    return Linears({bones.stored(name): name for name in names}, frozenset(map(bones.stored, inside)), bones)
 
 
 def _in_the_way(source: Source, linear: str) -> str | None:

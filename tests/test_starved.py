@@ -70,7 +70,7 @@ def test_quantize_in_too_little_memory_goes_on_with_more(beyond: int, starver: S
                                                          tmp_path: Path) -> None:
     command = ["quantize", model, "--method", "gptq", "--out", tmp_path / "out", *SMALL]
     ended = clean(starver.run(*command, limits={"RLIMIT_AS": beyond * MB}))
-    if beyond < 16 or ended.status:  # 16 MB are asked for at the start; what suffices later depends on the machine
+    if beyond <= 24 or ended.status:  # whether 32 MB suffice depends on the machine
         assert "out of memory" in failed(ended).err or "no more threads" in ended.err
         assert starver.run(*command).status == 0
     assert tree(tmp_path / "out") == tree(done)

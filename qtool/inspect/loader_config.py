@@ -125,8 +125,9 @@ def _groups(said: Mapping[str, Any]) -> list[str]:
 
 
 def _mlx(source: Source, said: Mapping[str, Any]) -> list[str]:
-    found, modules = [], {spec.stored.rpartition(".")[0] for spec in source.checkpoint.specs.values()
-                          if spec.stored.endswith(".scales")}
+    found = []
+    modules = {spec.stored.removesuffix(".scales") for spec in source.checkpoint.specs.values()
+               if spec.stored.endswith(".scales")}
     for name, own in said.items():
         if "." not in name:
             continue
@@ -170,7 +171,7 @@ def _linears(source: Source) -> Iterable[str]:
     bones = outline.build(*described) or skeleton.build(*described)
     for index in range(len(bones.blocks)):
         for name in bones.block_linears(index):
-            yield bones.source(f"{name}.weight").removesuffix(".weight")
+            yield bones.stored(name)
     yield "lm_head"
 
 

@@ -97,7 +97,7 @@ def _wanted() -> Iterator[Wanted]:
 def _linears(source: Source, bones: Skeleton, wanted: Wanted) -> tuple[list[LinearPlan], str | None]:
     """All linears of the blocks with a scheme, whose groups are made to fit; or why they cannot have it."""
     format_, grid = formats.load(wanted.format), found.load("grids", wanted.scheme.grid)
-    plain = [LinearPlan(name, bones.source(f"{name}.weight").removesuffix(".weight"), shape, wanted.scheme, index)
+    plain = [LinearPlan(name, bones.stored(name), shape, wanted.scheme, index)
              for index in range(len(bones.blocks)) for name, shape in bones.block_linears(index).items()]
     scheme = _fitting(wanted.scheme, {one.shape[1] for one in plain})
     linears = [replace(one, scheme=scheme) for one in plain]
@@ -132,7 +132,7 @@ def _mixtures(source: Source, bones: Skeleton) -> tuple[dict[str, int], str | No
     sizes = {}
     for name in MIXTURES:
         made = Recipe(mixture=name, format="gguf")
-        linears = [LinearPlan(linear, bones.source(f"{linear}.weight").removesuffix(".weight"), size, scheme, index)
+        linears = [LinearPlan(linear, bones.stored(linear), size, scheme, index)
                    for index in range(len(bones.blocks)) for linear, size in bones.block_linears(index).items()
                    if (scheme := plan_gguf.base_scheme(made, linear, index, size[1], shape))]
         outside, _, _ = plan_gguf.outside(made, bones, shape)

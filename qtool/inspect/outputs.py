@@ -62,7 +62,7 @@ def _watch(bones: Skeleton, block: nn.Module, index: int, source: Source, wanted
     """Let every linear of the block that is wanted measure its error when it is called."""
     prefix = bones.blocks[index] + "."
     for name in bones.block_linears(index):
-        stored = bones.source(f"{name}.weight").removesuffix(".weight")
+        stored = bones.stored(name)
         if stored in wanted:
             block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(_hook(source, wanted[stored]))
 

@@ -59,8 +59,7 @@ class Skeleton:
         keys = [name for name in self.block_linears(index) if name.rpartition(".")[2] in ("k_proj", "qkv_proj")]
         if len(keys) != 1:
             return None
-        stored = self.source(keys[0] + ".weight").removesuffix(".weight")
-        return keys[0].rpartition(".")[0], stored.rpartition(".")[0]
+        return keys[0].rpartition(".")[0], self.stored(keys[0]).rpartition(".")[0]
 
     def source(self, parameter: str) -> str:
         """The checkpoint tensor that holds a parameter; of a tied alias, the one that holds what it shares."""
@@ -68,7 +67,7 @@ class Skeleton:
 
     def stored(self, linear: str) -> str:
         """What the checkpoint calls a linear."""
-        return families.checkpoint_name(self.model_type, f"{linear}.weight").removesuffix(".weight")
+        return self.source(f"{linear}.weight").removesuffix(".weight")
 
     def both_names(self, linears: Iterable[str]) -> list[str]:
         """What a config calls linears: some readers look for a module, some for what the checkpoint calls it. Of the

@@ -53,8 +53,7 @@ def _round(skeleton: Skeleton, module: nn.Module, prefix: str, blocks: Iterable[
     indices = list(blocks)
     if schemes:
         names = (name for index in indices for name in skeleton.block_linears(index))
-        stored = {name.removeprefix(prefix): skeleton.source(name + ".weight").removesuffix(".weight")
-                  for name in names}
+        stored = {name.removeprefix(prefix): skeleton.stored(name) for name in names}
         here = {path: schemes[linear] for path, linear in stored.items() if linear in schemes}
         if quantized is not None:
             round_inputs(module, here, lambda path: quantized(stored[path]).extra[INPUT_SCALE].to(device))

@@ -68,7 +68,7 @@ def fill(bones: Skeleton, source: Source, device: torch.device, dtype: torch.dty
 
 def _linear(bones: Skeleton, source: Source, name: str, device: torch.device, running: Running) -> nn.Module | None:
     """What stands for the linear at path `name`; None: a dense one as transformers has it."""
-    stored = bones.source(f"{name}.weight").removesuffix(".weight")
+    stored = bones.stored(name)
     biased = bones.model.get_submodule(name).bias is not None
     bias = source.read(bones.source(f"{name}.bias")).to(device) if biased else None
     scheme, tensor, reason = _stored(source, stored)

@@ -83,8 +83,7 @@ def build(one: Case, folder: Path, source: Path | None = None) -> Path:
         else:
             skipped += [linear] if inside else []
             specs.append(spec)
-    placed = formats.placing(module, schemes)
-    specs = [spec if spec.name not in checkpoint.specs else placed(spec) for spec in specs]
+    specs = list(map(formats.placing(module, schemes), specs))
     out = folder / one.name
     out.mkdir()
     writer = ShardWriter(out, plan_shards(specs, 1 << 40), getattr(module, "METADATA", None))
