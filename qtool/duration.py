@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from qtool import found, heap, trials
+from qtool import estimate, found, heap, trials
 from qtool.budget import MEASURED
 from qtool.layer import Layer
 from qtool.methods import rtn
 from qtool.outside import rounded
-from qtool.plan import Plan
+from qtool.plan import Plan, work_of
 from qtool.stages import LinearPlan, Stage, same_scheme, shared_inputs
 
 TRIAL_ELEMENTS = 1 << 19  # elements of the matrix that a data-free recipe is tried on
@@ -72,9 +72,9 @@ def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> f
     samples = plan.samples * (1 + plan.float_share) + looked + (plan.samples if plan.recipe.measures_ranges else 0)
     took = (samples * length + learned_tokens(plan)) * one
     if plan.solves_on_text:
-        grams = sum(_once(known, ("gram", group[0].shape[1]), lambda: trials.gram(group[0].shape[1]))  # noqa: B023
-                    for group in groups)
-        took += plan.samples * (1 + 2 * plan.float_share) * length * grams
+        took += plan.samples * length * sum(
+            _once(known, ("gram", group[0].shape[1]), lambda: trials.gram(group[0].shape[1]))  # noqa: B023
+            * _products(plan, group) for group in groups)
     if plan.scaling_steps:
         took += sum(_once(known, ("scaling", *((linear.shape, linear.scheme.label) for linear in group)),
                           lambda: trials.scaling(plan, group, one)) for group in groups)  # noqa: B023 - called here
@@ -115,10 +115,18 @@ def _split(plan: Plan) -> tuple[int, int]:
 def _solving(plan: Plan, stage: Stage, known: dict[Any, Any]) -> float:
     took = 0.0
     for group in (some for shared in shared_inputs(stage) for some in same_scheme(shared)):
-        make = plan.name, group[0].shape[1], group[0].scheme.model_dump_json()
-        tried = _once(known, make, lambda: trials.solving(plan, group[0]))  # noqa: B023 - called here
+        tail = estimate.group_of(group, work_of(plan)).tail > 0
+        make = plan.name, group[0].shape[1], group[0].scheme.model_dump_json(), tail
+        tried = _once(known, make, lambda: trials.solving(plan, group[0], tail))  # noqa: B023 - called here
         took += tried.of(sum(linear.shape[0] for linear in group))
     return took
+
+
+def _products(plan: Plan, group: Sequence[LinearPlan]) -> float:
+    """What the statistics of linears that share their input take, in units of their H: it is symmetric, others are
+    not."""
+    tail = estimate.group_of(group, work_of(plan)).tail
+    return 1 + 2 * plan.float_share * (1 + tail / group[0].shape[1])
 
 
 def _once(known: dict[Any, Any], key: Any, find: Callable[[], Any]) -> Any:
@@ -138,8 +146,7 @@ def work(plan: Plan, stage: Stage) -> float:
     tokens = plan.samples * plan.recipe.calibration.sequence_length
     passed = passes * tokens + learned_tokens(plan)
     flops = 2.0 * passed * sum(rows * columns for rows, columns in _shapes(stage))
-    flops += sum(columns**2 for columns in {columns for _, columns in _shapes(stage)}) * tokens \
-        * (1 + 2 * plan.float_share)
+    flops += sum(group[0].shape[1]**2 * _products(plan, group) for group in shared_inputs(stage)) * tokens
     products = sum(rows * columns**2 for rows, columns in _shapes(stage))  # N K², to solve
     return flops + (20 if plan.float_share else 12) * products * (1 + len(plan.others))
 

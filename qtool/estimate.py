@@ -6,9 +6,10 @@ Memory is that of the process on a CPU; the terms are named so that `--dry-run -
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -43,6 +44,7 @@ class Work:
     learning: bool = False  # on blocks
     latent: bool = False  # weights before rounding too
     distilling: int = 0  # tokens of a step on the whole model; 0: none
+    follows_residual: bool = False  # statistics of what outputs are added to, too
 
     @property
     def streams(self) -> int:
@@ -100,7 +102,7 @@ def temporary(work: Work) -> dict[str, int]:
 
 def _memory(work: Work, base: int) -> dict[str, int]:
     largest = max((spec.nbytes for stage in work.stages for spec in stage.outputs), default=0)
-    solve = max((_solving(*linear.shape, work) for stage in work.stages for linear in stage.linears), default=0)
+    solve = max((_solving(group_of([one], work), work) for stage in work.stages for one in stage.linears), default=0)
     trial = max(_trial(work.skeleton, index) for index in range(len(work.skeleton.blocks))) if work.rotated else 0
     outside = max((_outside(linear, work) for stage in work.stages for linear in stage.outside), default=0)
     if not work.calibrated:
@@ -169,11 +171,11 @@ def _search(work: Work) -> dict[str, int]:
     batch, largest, kept = work.recipe.calibration.batch_tokens or 0, 0, 0
     for stage in work.stages:
         if stage.block is not None:
-            groups, elements = _groups(stage), sum(one.shape[0] * one.shape[1] for one in stage.linears)
+            groups, elements = _groups(stage, work), sum(one.shape[0] * one.shape[1] for one in stage.linears)
             widest = max((max(one.shape) for one in stage.linears), default=0)
             forward = batch * (6 * widest + 12 * hidden + 3 * length * hidden // 64) * compute
-            solve = max((_solving(*group, work) for group in groups), default=0)
-            sums = sum(4 * columns**2 for _, columns in groups)
+            solve = max((_solving(group, work) for group in groups), default=0)
+            sums = sum(4 * group.columns**2 for group in groups)
             kept = max(kept, sum(one.shape[1] * work.model_dtype.itemsize + one.shape[0] * 4 for one in stage.linears
                                  if ".experts." not in one.name))
             largest = max(largest, elements * (compute + work.model_dtype.itemsize) + sums + max(forward, solve))
@@ -186,9 +188,9 @@ def _search(work: Work) -> dict[str, int]:
 def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
     """(weights, statistics, solving with them, forward, blocks as read) of one block, in bytes."""
     compute, elements = work.compute_dtype.itemsize, sum(one.shape[0] * one.shape[1] for one in stage.linears)
-    groups = _groups(stage)
-    sums = [_statistics(columns, work) for _, columns in groups]
-    solving = [_solving(rows, columns, work) for rows, columns in groups]
+    groups = _groups(stage, work)
+    sums = [_statistics(group, work) for group in groups]
+    solving = [_solving(group, work) for group in groups]
     if any(".experts." in one.name for one in stage.linears):  # all are collected before the first is solved
         statistics, solve = sum(sums), sum(sums) + max(solving)
     else:
@@ -214,7 +216,7 @@ def _learning(stage: Stage, work: Work) -> int:
     """Of a block that learns (learning/tune.py): weights and targets of its linears and what measures them, codes,
     parameters with their slopes; of latent weights themselves, their moves, slopes, Adam's means and the best."""
     elements = sum(one.shape[0] * one.shape[1] for one in stage.linears)
-    measures = sum(_held_out(columns, work) for _, columns in _groups(stage))
+    measures = sum(_held_out(group, work) for group in _groups(stage, work))
     return elements * (8 + 1 + 12 + (28 if work.latent else 0)) + measures + _backward(work)
 
 
@@ -241,41 +243,58 @@ def _distilling(work: Work) -> int:
     return kept + around + (logits + block if some < heap.MAPPED_FROM else max(logits, block))
 
 
-def _groups(stage: Stage) -> list[tuple[int, int]]:
-    """(rows, columns) of the linears that will probably be solved together: same parent module, same input width."""
-    rows: dict[tuple[str, int], int] = {}
+class Group(NamedTuple):
+    """Linears that will probably be solved together.  tail: the rows whose outputs will probably be added to the stream
+    between blocks, so that a target may follow that; all or 0."""
+
+    rows: int
+    columns: int
+    tail: int = 0
+
+
+def group_of(linears: Sequence[LinearPlan], work: Work) -> Group:
+    """The group of linears that share their input; at most one too many tails (where a norm comes between)."""
+    rows, alone = sum(one.shape[0] for one in linears), len(linears) == 1 and ".experts." not in linears[0].name
+    follows = work.follows_residual and alone and rows == work.skeleton.hidden
+    return Group(rows, linears[0].shape[1], rows if follows else 0)
+
+
+def _groups(stage: Stage, work: Work) -> list[Group]:
+    """Of linears with the same parent module and the same input width."""
+    members: dict[tuple[str, int], list[LinearPlan]] = {}
     for one in stage.linears:
-        key = (one.name.rpartition(".")[0], one.shape[1])
-        rows[key] = rows.get(key, 0) + one.shape[0]
-    return [(count, columns) for (_, columns), count in rows.items()]
+        members.setdefault((one.name.rpartition(".")[0], one.shape[1]), []).append(one)
+    return [group_of(linears, work) for linears in members.values()]
 
 
-def _statistics(columns: int, work: Work) -> int:
-    """Sums over the inputs of one group while they are collected: H, of paired tokens again, cross; held-out tokens."""
+def _statistics(group: Group, work: Work) -> int:
+    """Sums over the inputs of one group while they are collected: H, of paired tokens again, cross, residual; held-out
+    tokens."""
     matrices = 1 if not work.float_share else 2 if work.float_share == 1 else 3
-    return 4 * columns**2 * matrices + _held_out(columns, work)
+    return 4 * group.columns * (group.columns * matrices + group.tail) + _held_out(group, work)
 
 
-def _held_out(columns: int, work: Work) -> int:
+def _held_out(group: Group, work: Work) -> int:
     tokens = math.ceil(work.samples * work.recipe.calibration.held_out) * work.recipe.calibration.sequence_length
-    if tokens < columns:
-        return tokens * columns * work.compute_dtype.itemsize * work.streams
-    return 4 * columns**2 * work.streams
+    if tokens < group.columns:
+        return tokens * (group.columns * work.streams + group.tail) * work.compute_dtype.itemsize
+    return 4 * group.columns * (group.columns * work.streams + group.tail)
 
 
-def _solving(rows: int, columns: int, work: Work) -> int:
+def _solving(group: Group, work: Work) -> int:
     """Working set of one solve, statistics included.
 
-    The target: W, its change twice; H, H of the paired tokens, L and the matrix that it comes from. The codes: W,
-    target, the decoded answer, D, E, codes; H, H in solving order, L.
+    The target: W, its change twice (of two changes: both and what one is made of); H, H of the paired tokens, L and the
+    matrix that it comes from. The codes: W, target, the decoded answer, D, E, codes; H, H in solving order, L.
     """
-    weights = rows * columns
+    weights, columns = group.rows * group.columns, group.columns
     if not work.calibrated:
         return weights * (work.model_dtype.itemsize + 4 + 4 + 4 + 2)
-    target = weights * 12 + columns**2 * 4 * (4 if work.float_share < 1 else 3) if work.float_share else 0
+    changes = weights * (20 if group.tail else 12)
+    target = changes + columns**2 * 4 * (4 if work.float_share < 1 else 3) if work.float_share else 0
     codes = weights * ((20 if work.float_share else 16) + 3) + columns**2 * 4 * 3
     if any("aqlm" in step for step in work.recipe.steps):  # two answers with E, three more; H, L, what they make
         grid = found.load("grids", work.recipe.scheme.grid)
         words = grid.books * grid.words if hasattr(grid, "books") else 0
         codes = weights * 54 + columns**2 * 4 * 7 + words * 1024  # tables and 8 x 8 factors of each codeword
-    return max(target, codes) + _held_out(columns, work)
+    return max(target, codes) + _held_out(group, work)

@@ -1,7 +1,8 @@
 """Writes the calibration statistics of a run beside its weights, for a later --redo without text (kept.py reads them).
 
     OUT/statistics/block-00000.safetensors   of each set of linears that share their input: H and, where the run had
-                                             them, cross and paired (tensors.py), and what held-out tokens left
+                                             them, cross, paired and residual (tensors.py), and what held-out tokens
+                                             left
     OUT/statistics/index.json                which linears share what, and what was done to their weights before
 
 Symmetric matrices are stored as bands of their lower half. Experts that share pooled statistics share the tensors too.
@@ -21,7 +22,7 @@ import torch
 from qtool import manifest, storage
 from qtool.checkpoint.growing import GrowingFile
 from qtool.checkpoint.header import read_json
-from qtool.estimate import Work
+from qtool.estimate import Group, Work, group_of
 from qtool.models.folds import Scaling
 from qtool.models.streams import batches_for
 from qtool.moments import HeldOut, lower, lower_size
@@ -29,7 +30,7 @@ from qtool.recipe import Scheme
 from qtool.stages import Stage, shared_inputs
 from qtool.tensors import CalibrationStats
 
-FOLDER, INDEX, SCHEMA = "statistics", "index.json", 1
+FOLDER, INDEX, SCHEMA = "statistics", "index.json", 2
 SYMMETRIC = ("hessian", "paired", "held_out.gram")
 ENTRY = 192  # bytes of one tensor in a header, beside its name
 WHAT, SMALLER = "a block's statistics", "leave --keep-statistics out"
@@ -64,8 +65,8 @@ class Keeper:
         assert self._stage is not None
         linear = next(one for one in self._stage.linears if one.name == names[0])
         tensors = {kind: self._write(names[0], kind, tensor, linear.shape[1])
-                   for kind, tensor in (("hessian", stats.hessian), ("cross", stats.cross), ("paired", stats.paired))
-                   if tensor is not None}
+                   for kind, tensor in (("hessian", stats.hessian), ("cross", stats.cross), ("paired", stats.paired),
+                                        ("residual", stats.residual)) if tensor is not None}
         tensors |= self._held_out(names[0], stats.held_out, linear.shape[1])
         self._entry["groups"].append({
             "linears": list(names), "tokens": stats.tokens, "pooled": stats.pooled, "tensors": tensors,
@@ -146,33 +147,34 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def size(work: Work, scaling_steps: int) -> int:
     """Bytes of all statistics of a run, the index aside: exact where linears share their input as is usual; at most
-    that with experts, some of which share, and with steps that scale channels."""
+    that with experts, some of which share, with steps that scale channels, and with norms before outputs are added."""
     def of(stage: Stage) -> int:
         scales = 4 * scaling_steps * sum(sum(one.shape) for one in stage.linears)
-        return _room(stage, scaling_steps) + scales + sum(_group_bytes(group[0].shape[1], work)
+        return _room(stage, scaling_steps) + scales + sum(_group_bytes(group_of(group, work), work)
                                                           for group in shared_inputs(stage))
 
     return sum(of(stage) for stage in work.stages if stage.block is not None)
 
 
-def _group_bytes(columns: int, work: Work) -> int:
+def _group_bytes(group: Group, work: Work) -> int:
+    columns, tail = group.columns, 4 * group.tail * group.columns
     settings = work.recipe.calibration
     batches, held_out = batches_for(work.samples, settings.sequence_length, settings.batch_tokens or 0,
                                     settings.held_out)
     half, square = 4 * lower_size(columns), 4 * columns**2
     fitting = sum(batch.start not in held_out for batch in batches)
     apart = 0 < math.ceil(fitting * work.float_share) < fitting  # some tokens are paired, others not
-    total = half + (square if work.float_share else 0) + (half if apart else 0)
+    total = half + (square if work.float_share else 0) + (half if apart else 0) + tail
     tokens = len(held_out) * settings.sequence_length
     if not tokens:
         return total
     if tokens < columns:
-        return total + tokens * columns * work.compute_dtype.itemsize * work.streams
-    return total + half + (square if work.float_share else 0)
+        return total + tokens * (columns * work.streams + group.tail) * work.compute_dtype.itemsize
+    return total + half + (square if work.float_share else 0) + tail
 
 
 def _room(stage: Stage, scaling_steps: int) -> int:
     """Bytes of the header of a block's file."""
-    tensors = 7 + 2 * scaling_steps  # of one linear, at most
+    tensors = 9 + 2 * scaling_steps  # of one linear, at most
     longest = max((len(one.name.encode()) for one in stage.linears), default=0)
     return 64 + (8 * -(-(ENTRY + longest) // 8)) * tensors * len(stage.linears)

@@ -22,13 +22,13 @@ from qtool.errors import CheckpointError, OutputError
 from qtool.keeping import FOLDER, INDEX, SCHEMA, SYMMETRIC, block_file, rounding
 from qtool.models.folds import COLUMNS, ROWS, Scaling
 from qtool.moments import HeldOut, from_lower, lower_size
-from qtool.plan import Plan
+from qtool.plan import Plan, follows_residual
 from qtool.recipe import Recipe
 from qtool.stages import Stage
 from qtool.tensors import CalibrationStats
 
 HELD = "held_out."
-SQUARE = ("cross", "held_out.cross")
+SQUARE, RESIDUAL, OFF = ("cross", "held_out.cross"), ("residual", "held_out.residual"), "held_out.residuals"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Kept:
         for group in self.blocks[stage.name]["groups"]:
             mine = [todo[name] for name in group["linears"] if name in todo]
             if mine:
-                yield group["linears"], _statistics(file, group, mine[0].shape[1], device)
+                yield group["linears"], _statistics(file, group, mine[0].shape, device)
 
     def scalings(self, stage: Stage) -> dict[str, list[Scaling]]:
         """What the first run did to the weights of the linears to solve, in order, before it solved them."""
@@ -106,6 +106,8 @@ def _other_steps(plan: Plan, base: Recipe) -> str:
     if plan.float_share not in (0.0, share):
         return (f"asymmetric wants a share of {plan.float_share:g} of the samples in the unquantized model too, and "
                 f"{share:g} of them were measured so")
+    if plan.follows_residual and not follows_residual(before):
+        return "asymmetric wants to know what outputs are added to (residual), which was not measured"
     return ""
 
 
@@ -143,12 +145,13 @@ def _index(folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
     return blocks
 
 
-def _statistics(file: _File, group: Mapping[str, Any], columns: int, device: torch.device) -> CalibrationStats:
-    read = {kind: file.statistic(kind, name, columns).to(device) for kind, name in group["tensors"].items()}
+def _statistics(file: _File, group: Mapping[str, Any], shape: tuple[int, int],
+                device: torch.device) -> CalibrationStats:
+    read = {kind: file.statistic(kind, name, *shape).to(device) for kind, name in group["tensors"].items()}
     held = {kind.removeprefix(HELD): tensor for kind, tensor in read.items() if kind.startswith(HELD)}
-    held_out = HeldOut.restored(group["held_out_tokens"], group["held_out_paired"], columns, held, device)
+    held_out = HeldOut.restored(group["held_out_tokens"], group["held_out_paired"], shape[1], held, device)
     return CalibrationStats(read["hessian"], held_out, group["tokens"], read.get("cross"), read.get("paired"),
-                            group["pooled"])
+                            group["pooled"], read.get("residual"))
 
 
 class _File:
@@ -167,11 +170,14 @@ class _File:
                                   "the text is run instead")
         return self._fetch(name, None, None)
 
-    def statistic(self, kind: str, name: str, columns: int) -> torch.Tensor:
-        """What the index calls `kind`, of inputs [T, columns]: a matrix [columns, columns], or inputs themselves."""
+    def statistic(self, kind: str, name: str, rows: int, columns: int) -> torch.Tensor:
+        """What the index calls `kind`, of inputs [T, columns]: a matrix [columns, columns], or inputs themselves; or of
+        what the outputs of a linear [rows, columns] are added to."""
         if kind in SYMMETRIC:
             return from_lower(self.take(name, (lower_size(columns),)), columns)
-        return self.take(name, (columns if kind in SQUARE else -1, columns))
+        if kind == OFF:
+            return self.take(name, (-1, rows))
+        return self.take(name, (columns if kind in SQUARE else rows if kind in RESIDUAL else -1, columns))
 
 
 def _damaged(path: Path) -> OutputError:

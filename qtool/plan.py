@@ -6,7 +6,7 @@ shape and dtype. Running it is then a plain loop (pipeline.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +103,10 @@ class Plan:
     @property
     def float_stream(self) -> bool:
         return self.float_share > 0
+
+    @property
+    def follows_residual(self) -> bool:
+        return follows_residual(self.steps)
 
     @property
     def linears(self) -> tuple[LinearPlan, ...]:
@@ -219,7 +223,13 @@ def work_of(plan: Plan) -> estimate.Work:
     """What the estimates look at."""
     return estimate.Work(plan.skeleton, plan.stages, plan.recipe, plan.device, plan.model_dtype, plan.compute_dtype,
                          plan.samples, plan.calibrated, plan.float_share, plan.rotated is not None,
-                         *plan_learning.size(plan))
+                         *plan_learning.size(plan), follows_residual=plan.follows_residual)
+
+
+def follows_residual(steps: Iterable[tuple[ModuleType, Any]]) -> bool:
+    """Whether a step makes up for what is off in the stream that outputs are added to."""
+    return any(getattr(module, "NEEDS_FLOAT_STREAM", False) and getattr(options, "residual", False)
+               for module, options in steps)
 
 
 def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> bool:

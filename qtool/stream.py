@@ -162,9 +162,9 @@ class Stream:
     def collect(self, stage: Stage) -> Iterator[Collected]:
         """Statistics of the linears of a stage, in items that must be solved one after the other; those of linears that
         are done all the way are not measured."""
-        def collect(names: Sequence[str], batches: Iterable[slice]) -> Collected:
+        def collect(names: Sequence[str], batches: Iterable[slice], residual: str | None) -> Collected:
             return self._pass(stage.block or 0, names, batches) if stage.done.issuperset(names) \
-                else self._collect(stage.block or 0, names, batches)
+                else self._collect(stage.block or 0, names, batches, residual if self.plan.follows_residual else None)
 
         yield from self._staged.collect([linear.name for linear in stage.linears], collect)
 
@@ -199,19 +199,19 @@ class Stream:
         fitting = self.fitting
         return fitting[:math.ceil(len(fitting) * share)], [one for one in self.batches if one.start in self.held_out]
 
-    def _collect(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
+    def _collect(self, index: int, names: Sequence[str], batches: Iterable[slice], residual: str | None) -> Collected:
         plan = self.plan
         prefix = plan.skeleton.blocks[index]
 
-        def floats(batch: slice, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        def floats(batch: slice, wanted: Sequence[str]) -> statistics.Received | None:
             if batch.start not in self.paired:
-                return {}
-            return statistics.inputs_of(self._tracks[1].block, prefix, wanted, self.arguments, index, self.stores[1],
-                                        batch, plan.device, plan.compute_dtype)
+                return None
+            return statistics.received(self._tracks[1].block, prefix, wanted, self.arguments, index, self.stores[1],
+                                       batch, plan.device, plan.compute_dtype, residual)
 
         return statistics.collect(self._tracks[0].block, prefix, names, self.arguments, index, self.stores[0], batches,
                                   self.held_out, plan.device, plan.compute_dtype,
-                                  floats if plan.float_stream else None)
+                                  floats if plan.float_stream else None, residual)
 
     def _pass(self, index: int, names: Sequence[str], batches: Iterable[slice]) -> Collected:
         """Run the block on all tracks until these linears have their inputs, for what its parts keep."""
@@ -219,8 +219,8 @@ class Stream:
         for batch in batches:
             for track, store in zip(self._tracks, self.stores, strict=True):
                 if track.new_store is not None and (store is self.stores[0] or batch.start in self.paired):
-                    statistics.inputs_of(track.block, plan.skeleton.blocks[index], names, self.arguments, index, store,
-                                         batch, plan.device, plan.compute_dtype)
+                    statistics.received(track.block, plan.skeleton.blocks[index], names, self.arguments, index, store,
+                                        batch, plan.device, plan.compute_dtype)
         return {}
 
     def _batches_of(self, store: StreamStore) -> list[slice]:

@@ -135,7 +135,8 @@ class CalibrationStats:
     hessian: float32 [K, K], mean of x xᵀ over the `tokens` fitting tokens.  held_out: what measures an answer.
     cross: float32 [K, K] or None, mean of (x~ - x) xᵀ with x~ the input in the unquantized model (frontier: C - H),
     over those fitting tokens that also ran through the unquantized model.  paired: the mean of x xᵀ over these tokens,
-    None when they are all.  A step that is the only one to need `cross` and `paired` takes them out: they are large.
+    None when they are all.  residual: float32 [N, K] or None, mean of (r~ - r) xᵀ over the tokens of `cross`, with r
+    what the outputs are added to.  A step that is the only one to need these three takes them out: they are large.
     """
 
     hessian: torch.Tensor
@@ -144,6 +145,7 @@ class CalibrationStats:
     cross: torch.Tensor | None = None
     paired: torch.Tensor | None = None
     pooled: bool = False
+    residual: torch.Tensor | None = None
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

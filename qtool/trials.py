@@ -52,11 +52,14 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def solving(plan: Plan, linear: LinearPlan) -> Solving:
-    """The steps of the plan on the inputs and scheme of a linear, then measuring, packing and reading back."""
+def solving(plan: Plan, linear: LinearPlan, tail: bool) -> Solving:
+    """The steps of the plan on the inputs and scheme of a linear, then measuring, packing and reading back.
+
+    tail: whether a target may follow what its outputs are added to.
+    """
     columns = min(linear.shape[1], COLUMNS)
-    stats = _statistics(plan, columns)
-    tried = _by_rows(lambda rows: _solve(plan, linear, _weight(rows, columns), replace(stats)))
+    stats = {rows: _statistics(plan, columns, rows if tail else 0) for rows in ROWS}
+    tried = _by_rows(lambda rows: _solve(plan, linear, _weight(rows, columns), replace(stats[rows])))
     longer = linear.shape[1] / columns
     return Solving(tried.fixed * longer**3, tried.per_row * longer**2)
 
@@ -142,12 +145,16 @@ def _weight(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-def _statistics(plan: Plan, columns: int) -> CalibrationStats:
+def _statistics(plan: Plan, columns: int, tail: int) -> CalibrationStats:
+    """tail: rows of what the outputs are added to, 0 where that is not followed."""
     x = _weight(columns + TOKENS, columns) * 50
     hessian = x.T @ x / len(x)
     held = {"gram": hessian, **({"cross": hessian * 0.01} if plan.float_stream else {})}
+    if tail:
+        held["residual"] = _weight(tail, columns)
     held_out = HeldOut.restored(TOKENS, plan.float_stream, columns, held, plan.device)
-    return CalibrationStats(hessian, held_out, len(x), held.get("cross"), hessian if 0 < plan.float_share < 1 else None)
+    return CalibrationStats(hessian, held_out, len(x), held.get("cross"), hessian if 0 < plan.float_share < 1 else None,
+                            residual=held.get("residual"))
 
 
 def _solve(plan: Plan, linear: LinearPlan, weight: torch.Tensor, stats: CalibrationStats) -> None:

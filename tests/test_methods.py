@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from qtool import quality
 from qtool.errors import NumericalError, RecipeError
@@ -118,6 +123,50 @@ def test_asymmetric_target_lowers_the_distance_to_the_unquantized_model() -> Non
     assert distance(moved.target) < distance(layer.target) == 0
     half = asymmetric.run(problem(SCHEMES[0]), asymmetric.Options(factor=0.5 * moved.notes["asymmetric"]))
     assert distance(moved.target) <= distance(half.target)
+
+
+def tail(off: float, seed: int = 0) -> tuple[Layer, Callable[[torch.Tensor], float]]:
+    """A layer whose outputs are added to something that is off by `off` times what is linear in the inputs, and noise;
+    and how far the sum is from the unquantized model's, on held-out tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    layer, tokens = problem(SCHEMES[0], seed=seed), 600
+    x = torch.randn(2 * tokens, 128, generator=generator)
+    clean = x + 0.1 * torch.randn(2 * tokens, 128, generator=generator) + 0.05 * x.roll(1, 1)
+    residual = off * x @ torch.randn(128, 24, generator=generator) + torch.randn(2 * tokens, 24, generator=generator)
+    held_out = HeldOut(128, False, x.device)
+    held_out.add(x[tokens:], clean[tokens:], residual[tokens:])
+    fit, moves = x[:tokens], (clean - x)[:tokens]
+    stats = CalibrationStats(fit.T @ fit / tokens, held_out.finish(), tokens, moves.T @ fit / tokens,
+                             residual=residual[:tokens].T @ fit / tokens)
+
+    def distance(target: torch.Tensor) -> float:
+        return float((x[tokens:] @ target.T - clean[tokens:] @ layer.weight.T - residual[tokens:]).square().mean())
+
+    return layer.having(stats=stats), distance
+
+
+def test_what_outputs_are_added_to_is_made_up_for() -> None:
+    layer, distance = tail(0.3)
+    alone = asymmetric.run(replace(layer, stats=replace(layer.stats)), asymmetric.Options(residual=False))
+    assert alone.notes.keys() == {"asymmetric"}
+    moved = asymmetric.run(layer, asymmetric.Options())
+    assert 0.8 < moved.notes["residual"] <= 1 and 0 < moved.notes["asymmetric"] <= 1
+    assert distance(moved.target) < 0.7 * distance(alone.target) < 0.7 * distance(layer.weight)
+    assert layer.stats.residual is None and layer.stats.cross is None  # large, and no longer needed
+
+
+@settings(max_examples=20, deadline=None)
+@drawn(off=st.sampled_from([0.0, 0.01, 0.3]), seed=st.integers(0, 50), limit=st.sampled_from([0.0, 0.4, 1.0]))
+def test_the_factors_are_the_best_of_the_box(off: float, seed: int, limit: float) -> None:
+    layer, distance = tail(off, seed)
+    moved = asymmetric.run(replace(layer, stats=replace(layer.stats)), asymmetric.Options(limit=limit))
+    best = distance(moved.target)
+    assert all(0 <= moved.notes[which] <= limit for which in ("asymmetric", "residual"))
+    ends = [asymmetric.run(replace(layer, stats=replace(layer.stats, **without)), asymmetric.Options(factor=1.0)).target
+            - layer.weight for without in ({"residual": None}, {"cross": layer.stats.cross * 0})]
+    for first in torch.linspace(0, limit, 5):
+        for second in torch.linspace(0, limit, 5):
+            assert best <= distance(layer.weight + first * ends[0] + second * ends[1]) * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("mode", ["mean", "relative"])

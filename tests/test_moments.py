@@ -31,11 +31,12 @@ def test_bf16_products_are_summed_in_float32() -> None:
     torch.testing.assert_close(moments.mirror(total).double(), exact, rtol=1e-5, atol=1e-3)
 
 
-def held(keep: bool, x: torch.Tensor, x_float: torch.Tensor | None, cuts: tuple[int, ...] = (7,)) -> HeldOut:
+def held(keep: bool, x: torch.Tensor, x_float: torch.Tensor | None, cuts: tuple[int, ...] = (7,),
+         residual: torch.Tensor | None = None) -> HeldOut:
     found = HeldOut(x.shape[1], keep, CPU)
     edges = [0, *cuts, len(x)]
     for start, stop in zip(edges, edges[1:], strict=False):
-        found.add(x[start:stop], None if x_float is None else x_float[start:stop])
+        found.add(x[start:stop], *(None if one is None else one[start:stop] for one in (x_float, residual)))
     return found
 
 
@@ -45,8 +46,16 @@ def test_energy_and_pull(keep: bool, dtype: torch.dtype) -> None:
     x = torch.randn(TOKENS, COLUMNS).to(dtype)
     x_float = (x + 0.1 * torch.randn_like(x)).to(dtype)
     weight, change = torch.randn(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
-    found = held(keep, x, x_float).finish()
-    assert (found.tokens, found.paired, found.finite()) == (TOKENS, True, True)
+    off = torch.randn(TOKENS, ROWS).to(dtype)
+    found = held(keep, x, x_float, residual=off).finish()
+    again = HeldOut.restored(TOKENS, True, COLUMNS, found.state(), CPU)
+    assert (found.tokens, found.paired, found.finite(), found.knows_residual) == (TOKENS, True, True, True)
+    assert not held(keep, x, x_float).finish().knows_residual
+    for one in (found, again):
+        assert one.product(weight, change) == pytest.approx(
+            float(((x.float() @ weight.T) * (x.float() @ change.T)).sum() / TOKENS), rel=1e-3)
+        assert one.pull_back(change) == pytest.approx(
+            float(((x.float() @ change.T) * off.float()).sum() / TOKENS), rel=1e-3)
     assert found.energy(weight) == pytest.approx(float((x.float() @ weight.T).square().sum() / TOKENS), rel=1e-4)
     moves = (x_float - x).float()
     assert found.pull(change, weight) == pytest.approx(
@@ -75,3 +84,4 @@ def test_no_tokens_and_bad_ones(keep: bool) -> None:
     bad[2, 3] = float("nan")
     assert not held(keep, bad, None, ()).finish().finite()
     assert not held(keep, torch.ones(4, COLUMNS), bad, ()).finish().finite()
+    assert not held(keep, torch.ones(4, COLUMNS), None, (), bad).finish().finite()

@@ -91,6 +91,11 @@ def test_gptq_with_an_asymmetric_target(tmp_path: Path) -> None:
     assert all(0 <= factor <= 1 for factor in factors)
     assert any(factor > 0 for factor in factors[7:])
     assert all(factor == 0 for factor in factors[:3])  # the first block's inputs are not quantized yet
+    followed = [layer for layer in result["layers"] if "residual" in layer]
+    assert {layer["name"].rpartition(".")[2] for layer in followed} == {"down_proj", "o_proj"}
+    assert all(0 <= layer["residual"] <= 1 for layer in followed)
+    plain = quantize(model, tmp_path / "plain", steps=[{"asymmetric": {"residual": False}}, {"gptq": {}}])
+    assert not any("residual" in layer for layer in plain["layers"])
 
 
 LEVELS = ["llm-int8", "nf4", "fp4", "nf4-gptq", "fp8", "fp8-static", "w8a8", "mxfp4", "nvfp4", "lloyd4"]

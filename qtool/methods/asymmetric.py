@@ -2,14 +2,18 @@
 
 min_Q |Q X - W X~|², with X~ the inputs in the unquantized model, is the ordinary problem for a moved target:
     W* = W + a W (C - H)(H + λI)⁻¹,   C - H = E[(x~ - x) xᵀ].
-a = 1 is the exact reduction but fits noise; "auto" takes the `a` in [0, limit] that is best on held-out tokens, which
-is closed form, since the held-out loss is quadratic in a.
+A linear whose outputs are added to a stream r (o_proj, down_proj) can make up for what r itself is off by, as far as
+that is linear in x: min_Q |Q X + R - (W X~ + R~)|² moves the target by another b E[(r~ - r) xᵀ] (H + λI)⁻¹. Block-wise
+training (AutoRound, arXiv 2309.05516, on quantized inputs) does that implicitly; here it is in the least squares.
+a = b = 1 is the exact reduction but fits noise; "auto" takes the pair in [0, limit]² that is best on held-out tokens,
+which is closed form, since the held-out loss is quadratic in both.
 Sources: QEP (NeurIPS 2025), GPTAQ (ICML 2025), Qronos (ICLR 2026).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,17 +29,20 @@ from qtool.tensors import all_finite
 CALIBRATED = True
 CODEBOOKS = True
 NEEDS_FLOAT_STREAM = True
+ROUNDS = 64  # far more than two factors need unless their directions are one
 
 
 class Options(Strict):
-    """factor: the `a` of the target, or auto.  limit: the largest `a` that auto may take.  damping: λ, see gptq.
+    """factor: the `a` and `b` of the target, or auto.  limit: the largest that auto may take.  damping: λ, see gptq.
 
-    share: of the fitting samples, how many run through the unquantized model too; that is what this step costs.
+    residual: whether there is a `b`.  share: of the fitting samples, how many run through the unquantized model too;
+    that is what this step costs.
     """
 
     share: float = Field(1.0, gt=0.0, le=1.0)
     factor: float | Literal["auto"] = "auto"
     limit: float = Field(1.0, ge=0.0, le=1.0)
+    residual: bool = True
     damping: float = Field(0.01, ge=0.0, le=1.0)
     damping_mode: Literal["mean", "relative"] = "mean"
 
@@ -46,30 +53,51 @@ def run(layer: Layer, options: Options) -> Layer:
         raise NumericalError(f"{layer.name}: the asymmetric target needs calibration statistics and got none")
     if stats.cross is None:  # experts: the two streams may route a token differently
         return layer.having(notes={"asymmetric": 0.0})
-    moved = layer.weight @ stats.cross
+    aims = [layer.weight @ stats.cross]
+    if options.residual and stats.residual is not None:
+        aims.append(stats.residual)
     # H of the very tokens of C: what they share of chance cancels
     hessian = stats.hessian if stats.paired is None else stats.paired
-    stats.cross = stats.paired = None  # the largest things in memory, and no later step needs them
+    stats.cross = stats.paired = stats.residual = None  # the largest things in memory, and no later step needs them
     lower, _, repaired = factor(layer.name, hessian, options.damping, options.damping_mode)
     del hessian
-    direction = _solve(lower, moved)
-    del lower, moved
-    strength = best_factor(layer.weight, direction, stats.held_out)
-    strength = min(strength, options.limit) if options.factor == "auto" else float(options.factor)
-    target = layer.weight + strength * direction
-    if not (math.isfinite(strength) and all_finite(target)):
+    directions = [_solve(lower, aims.pop(0)) for _ in tuple(aims)]
+    del lower
+    if options.factor == "auto":
+        strengths = best_factors(layer.weight, directions, stats.held_out, options.limit)
+    else:
+        strengths = [float(options.factor)] * len(directions)
+    target = layer.weight.clone()
+    for strength, direction in zip(strengths, directions, strict=True):
+        target.add_(direction, alpha=strength)
+    if not (all(map(math.isfinite, strengths)) and all_finite(target)):
         return layer.having(notes={"asymmetric": 0.0}, repaired={
             **repaired, "target": "the asymmetric target overflows float32; the weight itself is the target"})
-    return layer.having(target=target, notes={"asymmetric": round(strength, 4)}, repaired=repaired)
+    told = dict(zip(("asymmetric", "residual"), (round(one, 4) for one in strengths), strict=False))
+    return layer.having(target=target, notes=told, repaired=repaired)
 
 
-def best_factor(weight: torch.Tensor, direction: torch.Tensor, held_out: HeldOut) -> float:
-    """argmin over a in [0, 1] of |(W + a P) X - W X~|² on held-out tokens, P the direction [N, K]; 0 without any."""
+def best_factors(weight: torch.Tensor, directions: Sequence[torch.Tensor], held_out: HeldOut,
+                 limit: float) -> list[float]:
+    """argmin over factors f in [0, limit] of |(W + Σ f P) X + R - W X~ - R~|² on held-out tokens; zeros without any.
+
+    directions: P [N, K], towards W X~ and, if there is a second one, R~ - R.
+    """
+    if not held_out.paired:
+        return [0.0] * len(directions)
     unit = unit_of(weight)
     if unit != 1:
-        weight, direction = weight / unit, direction / unit
-    curvature = held_out.energy(direction) if held_out.paired else 0.0
-    return min(max(held_out.pull(direction, weight) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        weight, directions = weight / unit, [one / unit for one in directions]
+    pulls = [held_out.pull(one, weight) + (held_out.pull_back(one) / unit if len(directions) > 1 else 0.0)
+             for one in directions]
+    squares = [held_out.energy(one) for one in directions]
+    between = held_out.product(*directions) if len(directions) > 1 else 0.0
+    factors = [0.0] * len(directions)
+    for _ in range(ROUNDS if between else 1):  # coordinate descent on a convex quadratic in a box
+        for place, square in enumerate(squares):
+            pull = pulls[place] - between * factors[1 - place] if between else pulls[place]
+            factors[place] = min(max(pull / square, 0.0), limit) if square > 0 else 0.0
+    return factors
 
 
 def _solve(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from qtool.models.streams import StreamStore, refuse_overflow
 from qtool.tensors import CalibrationStats
 
 Collected = dict[tuple[str, ...], CalibrationStats]
-Collect = Callable[[Sequence[str], Iterator[slice]], Collected]
+Collect = Callable[[Sequence[str], Iterator[slice], str | None], Collected]  # linears, batches, a part's residual
 NewStore = Callable[[str, int], StreamStore]  # what for, width -> a store that may be used again for the next block
 
 
@@ -32,18 +32,21 @@ class Part:
     """A submodule (path in the block) that returns what its linear `tail` gives, in a tuple of `results` if not 0.
 
     inner: its other linears that are quantized. All of them are called once, with inputs [samples, tokens, width].
+    residual: the module outside of the part that receives just what the block adds the part's result to, if one does.
     """
 
     path: str
     inner: tuple[str, ...]
     tail: str
     results: int
+    residual: str | None = None
 
 
 def find_parts(block: nn.Module, linears: Sequence[str], run: Callable[[], Any]) -> tuple[Part, ...]:
     """Watch one forward pass, `run()`, of a block; `linears` are the paths in it that will be quantized."""
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     returned: dict[str, list[Any]] = {}
+    entered: list[tuple[str, Any]] = []  # each module when it is called, with its first argument
 
     def watch_linear(path: str) -> Callable[..., None]:
         return lambda _module, inputs, output: calls.append((path, inputs[0], output))
@@ -53,8 +56,11 @@ def find_parts(block: nn.Module, linears: Sequence[str], run: Callable[[], Any])
 
     handles = [module.register_forward_hook((watch_linear if isinstance(module, nn.Linear) else watch_module)(path))
                for path, module in block.named_modules() if path]
+    handles += [module.register_forward_pre_hook(
+        lambda _module, inputs, path=path: entered.append((path, inputs[0] if inputs else None)))
+        for path, module in block.named_modules() if path]
     try:
-        run()
+        entered.append(("", run()))
     finally:
         for handle in handles:
             handle.remove()
@@ -62,6 +68,8 @@ def find_parts(block: nn.Module, linears: Sequence[str], run: Callable[[], Any])
     for path, outputs in returned.items():  # inner modules return first
         part = _part(path, block.get_submodule(path), calls, outputs, linears)
         if part is not None:
+            result = next(y for name, _, y in calls if name == part.tail)
+            part = replace(part, residual=_residual(part, result, entered))
             parts = {name: one for name, one in parts.items() if not name.startswith(path + ".")} | {path: part}
     return _in_order(list(parts.values()), [path for path, _, _ in calls if path in linears])
 
@@ -95,6 +103,20 @@ def _part(path: str, module: nn.Module, calls: list[tuple[str, torch.Tensor, tor
     if tail not in wanted or first is not y or x.dim() != 3 or any(one is not None for one in output[1:] if results):
         return None
     return Part(path, tuple(name for name in wanted if name in members and name != tail), tail, results)
+
+
+def _residual(part: Part, result: torch.Tensor, entered: Sequence[tuple[str, Any]]) -> str | None:
+    """The first module that receives an r such that r + result is what a later one receives, or the block returns."""
+    place = next(index for index, (path, _) in enumerate(entered) if path == part.tail)
+    alike = [(index, path, one) for index, (path, one) in enumerate(entered)
+             if isinstance(one, torch.Tensor) and one.shape == result.shape and one.dtype == result.dtype]
+    sums = [one for index, _, one in alike if index > place]
+    inside = (part.path, part.path + ".")
+    for index, path, one in alike:
+        if index < place and path != inside[0] and not path.startswith(inside[1]) \
+                and any(torch.equal(one + result, other) for other in sums):
+            return path
+    return None
 
 
 class Track:
@@ -157,7 +179,7 @@ class StagedBlock:
             with contextlib.ExitStack() as stack:
                 for track in self.tracks:
                     stack.enter_context(track.keeping(part, tail))
-                stats = self._pass([tail], collect)
+                stats = self._pass([tail], collect, part.residual)
             yield stats
             del stats
             rest = [name for name in rest if name != tail and name not in inner]
@@ -171,11 +193,11 @@ class StagedBlock:
                 track.now = batch
             yield batch
 
-    def _pass(self, names: Sequence[str], collect: Collect) -> Collected:
+    def _pass(self, names: Sequence[str], collect: Collect, residual: str | None = None) -> Collected:
         done = [one for track in self.tracks for one in track.done]
         for one in done:
             one.save = True
-        stats = collect(names, self.each())
+        stats = collect(names, self.each(), residual)
         for one in done:
             one.saved, one.save = True, False
         return stats

@@ -22,7 +22,7 @@ from qtool.models.streams import LOOK, StreamStore, refuse_overflow
 from qtool.moments import HeldOut, add_gram, add_product, mirror, zeros
 from qtool.tensors import CalibrationStats, all_finite
 
-Floats = Callable[[slice, Sequence[str]], Mapping[str, torch.Tensor]]
+Floats = Callable[[slice, Sequence[str]], "Received | None"]
 MIN_EXPERT_TOKENS = 32
 EXPERT_COLUMNS_PER_TOKEN = 16  # an expert with fewer than K / 16 tokens has a Hessian of too low rank to be trusted
 
@@ -31,11 +31,21 @@ class _AllSeen(Exception):  # noqa: N818 - no error: every linear has received i
     pass
 
 
+@dataclass(frozen=True)
+class Received:
+    """What linears got on one batch. inputs: [tokens, K] by name.  residual: [tokens, N], what the output is added to
+    of the linear whose residual was asked for."""
+
+    inputs: Mapping[str, torch.Tensor]
+    residual: torch.Tensor | None = None
+
+
 @dataclass
 class _Group:
     """Sums over the inputs of one set of linears; `names[0]` is the one that is measured.
 
-    paired: over the fitting tokens whose input in the unquantized model is known, with their `cross`; fit: the others.
+    paired: over the fitting tokens whose input in the unquantized model is known, with their `cross` and `residual`;
+    fit: the others.
     """
 
     names: list[str]
@@ -43,15 +53,20 @@ class _Group:
     held: HeldOut
     cross: torch.Tensor | None = None
     paired: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
     tokens: int = 0
     paired_tokens: int = 0
 
 
 class InputWatch:
-    """Pre-hooks on the linears of a block that hand each new input to `measure`, once per shared input."""
+    """Pre-hooks on the linears of a block that hand each new input to `measure`, once per shared input.
+
+    beside: the path of another module, whose last input [tokens, width] is kept as `residual`.
+    """
 
     def __init__(self, block: nn.Module, prefix: str, wanted: Sequence[str],
-                 measure: Callable[[str, torch.Tensor], None]) -> None:
+                 measure: Callable[[str, torch.Tensor], None], beside: str | None = None) -> None:
+        self.residual: torch.Tensor | None = None
         self.leaders: dict[str, str] = {}  # linear -> the first linear that received the same tensor
         self.measure = measure
         self._wanted = set(wanted)
@@ -59,16 +74,20 @@ class InputWatch:
         self._inputs: dict[str, torch.Tensor] = {}
         self._handles = [module.register_forward_pre_hook(self._hook(f"{prefix}.{path}"))
                          for path, module in block.named_modules() if f"{prefix}.{path}" in self._wanted]
+        if beside is not None:
+            self._handles.append(block.get_submodule(beside).register_forward_pre_hook(self._keep))
 
     def run(self, *arguments: Any) -> None:
         """One forward pass, run_block(*arguments); it ends as soon as every linear has its input."""
         self._seen.clear()
         self._inputs.clear()
+        self.residual = None
         with contextlib.suppress(_AllSeen):
             run_block(*arguments)
 
     def remove(self) -> None:
         self._inputs.clear()
+        self.residual = None
         for handle in self._handles:
             handle.remove()
 
@@ -77,6 +96,9 @@ class InputWatch:
         if len(self.leaders) == len(self._wanted):
             return self._seen >= set(self.leaders.values())
         return len(self._seen) == len(self._wanted)
+
+    def _keep(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.residual = inputs[0].reshape(-1, inputs[0].shape[-1])
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -103,53 +125,62 @@ def _same_input(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def collect(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
             store: StreamStore, batches: Iterable[slice], held_out: Iterable[int], device: torch.device,
-            dtype: torch.dtype, floats: Floats | None = None) -> dict[tuple[str, ...], CalibrationStats]:
+            dtype: torch.dtype, floats: Floats | None = None,
+            residual: str | None = None) -> dict[tuple[str, ...], CalibrationStats]:
     """Statistics of the inputs of `linears` (full names) of the block at path `prefix`, one per shared input.
 
     block: in `dtype` on `device`.  held_out: samples that are only measured, each batch is wholly of one kind.
-    floats: gives the inputs of the same linears in the unquantized model for a batch (for some batches
-    perhaps none); with it `cross` is measured too.
+    floats: gives what the same linears receive in the unquantized model for a batch (for some batches None); with it
+    `cross` is measured too, and `residual` where it is known.  residual: the path in the block of the module whose
+    input is what the output of the one linear is added to.
     Statistics are on `device`. Raises CalibrationError, NumericalError.
     """
     held_out = frozenset(held_out)
     held_tokens = len(held_out) * store.shape[1]
     experts = expert_prefixes(block, prefix)
     groups: dict[str, _Group] = {}
-    clean: Mapping[str, torch.Tensor] = {}
+    clean: Received | None = None
     held = False
 
     def measure(name: str, x: torch.Tensor) -> None:
         if name not in groups:
             columns = x.shape[1]
             groups[name] = _Group([name], zeros(columns, x.device), HeldOut(columns, held_tokens < columns, x.device))
-        _add(groups[name], x, clean.get(name), held)
+        off = None
+        if clean is not None and clean.residual is not None and watch.residual is not None:
+            off = clean.residual - watch.residual
+        _add(groups[name], x, None if clean is None else clean.inputs.get(name), held, off)
 
-    watch = InputWatch(block, prefix, linears, measure)
+    watch = InputWatch(block, prefix, linears, measure, residual)
     try:
         with torch.inference_mode():
             for batch in batches if linears else ():
                 held = _is_held(batch, held_out)
                 # of linears that share an input, one is enough; who does is known after the first batch
                 leaders = sorted(set(watch.leaders.values())) or linears
-                clean = floats(batch, leaders) if floats is not None else {}
+                clean = floats(batch, leaders) if floats is not None else None
                 watch.run(block, arguments, index, store, batch, device, dtype)
     finally:
         watch.remove()
     return _finish(groups, watch.leaders, linears, experts, device)
 
 
-def inputs_of(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
-              store: StreamStore, batch: slice, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Linear -> its input [tokens, K] on one batch; of linears that share it, only the first. Experts are left out."""
+def received(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
+             store: StreamStore, batch: slice, device: torch.device, dtype: torch.dtype,
+             residual: str | None = None) -> Received:
+    """What linears get on one batch; of those that share their input, only the first. Experts are left out.
+
+    residual: see `collect`.
+    """
     experts = expert_prefixes(block, prefix)
     found: dict[str, torch.Tensor] = {}
     wanted = [name for name in linears if not name.startswith(experts)] if experts else linears
-    watch = InputWatch(block, prefix, wanted, found.__setitem__)
+    watch = InputWatch(block, prefix, wanted, found.__setitem__, residual)
     try:
         watch.run(block, arguments, index, store, batch, device, dtype)
+        return Received(found, watch.residual)
     finally:
         watch.remove()
-    return found
 
 
 def expert_prefixes(block: nn.Module, prefix: str) -> tuple[str, ...]:
@@ -188,9 +219,11 @@ def _is_held(batch: slice, held_out: frozenset[int]) -> bool:
     return count > 0
 
 
-def _add(group: _Group, x: torch.Tensor, x_float: torch.Tensor | None, held: bool) -> None:
+def _add(group: _Group, x: torch.Tensor, x_float: torch.Tensor | None, held: bool,
+         residual: torch.Tensor | None) -> None:
+    """residual: r~ - r [T, N]."""
     if held:
-        group.held.add(x, x_float)
+        group.held.add(x, x_float, residual)
         return
     group.tokens += len(x)
     if x_float is None:
@@ -201,6 +234,10 @@ def _add(group: _Group, x: torch.Tensor, x_float: torch.Tensor | None, held: boo
     group.paired_tokens += len(x)
     add_gram(group.paired, x)
     add_product(group.cross, x_float - x, x)
+    if residual is not None:
+        if group.residual is None:
+            group.residual = zeros(x.shape[1], x.device, residual.shape[1])
+        add_product(group.residual, residual, x)
 
 
 def _finish(groups: dict[str, _Group], leaders: dict[str, str], linears: Sequence[str],
@@ -254,6 +291,7 @@ def _too_few(group: _Group) -> bool:
 
 def _check_finite(group: _Group) -> None:
     sums = [total.diagonal() for total in (group.fit, group.paired, group.cross) if total is not None]
+    sums += [] if group.residual is None else [group.residual]
     if not (all(map(all_finite, sums)) and group.held.finite()):
         raise NumericalError(f"{group.names[0]}: its inputs on calibration text, or their squares, are not finite, "
                              f"though what enters the block is: a weight before it is too large; {LOOK[False]}")
@@ -288,7 +326,8 @@ def _statistics(group: _Group, pool: _Group | None) -> CalibrationStats:
     held_out = pool.held if pool is not None and (pooled or not group.held.tokens) else group.held.finish()
     return CalibrationStats(
         hessian=hessian, held_out=held_out, tokens=group.tokens, paired=paired, pooled=pooled,
-        cross=None if group.cross is None else group.cross.div_(group.paired_tokens))
+        cross=None if group.cross is None else group.cross.div_(group.paired_tokens),
+        residual=None if group.residual is None else group.residual.div_(group.paired_tokens))
 
 
 def _mean(total: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from collections import Counter
@@ -19,8 +20,10 @@ from tests.models.loaded import CPU, LENGTH, SAMPLES, Loaded
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
 HELD_OUT = frozenset({4})
 PREFIX = "model.layers.0"
-ATTENTION = Part("self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", 2)
-MLP = Part("mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", 0)
+ATTENTION = Part("self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", 2,
+                 "input_layernorm")
+MLP = Part("mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", 0, "post_attention_layernorm")
+NORMED = [dataclasses.replace(part, residual=None) for part in (ATTENTION, MLP)]  # before they are added
 
 
 class Run:
@@ -37,7 +40,7 @@ class Run:
         return find_parts(self.block, paths, lambda: statistics.run_block(
             self.block, self.arguments, 0, self.store, BATCHES[-1], CPU, torch.float32))
 
-    def collect(self, names: list[str], batches: Iterator[slice]) -> Collected:
+    def collect(self, names: list[str], batches: Iterator[slice], _residual: str | None = None) -> Collected:
         return statistics.collect(self.block, PREFIX, names, self.arguments, 0, self.store, batches, HELD_OUT, CPU,
                                   torch.float32)
 
@@ -57,7 +60,7 @@ def new_store(_what: str, width: int) -> streams.StreamStore:
 
 
 @pytest.mark.parametrize(("family", "expected"), [
-    ("llama", (ATTENTION, MLP)), ("qwen2", (ATTENTION, MLP)), ("qwen3", (ATTENTION, MLP)), ("gemma3", (ATTENTION, MLP)),
+    ("llama", (ATTENTION, MLP)), ("qwen2", (ATTENTION, MLP)), ("qwen3", (ATTENTION, MLP)), ("gemma3", tuple(NORMED)),
     ("mixtral", (ATTENTION,)), ("qwen3_moe", (ATTENTION,)),
     ("gemma2", ()),  # its attention returns more than one tensor, and the MLP comes after it
 ])
@@ -67,7 +70,7 @@ def test_parts(checkpoint, ids, family, expected):
 
 def test_a_part_needs_a_solved_tail(checkpoint, ids):
     run = Run(checkpoint("llama"), ids)
-    assert run.find("mlp.down_proj") == (Part("mlp", (), "mlp.down_proj", 0),)
+    assert run.find("mlp.down_proj") == (dataclasses.replace(MLP, inner=()),)
     assert run.find("self_attn.q_proj", "mlp.down_proj") == ()  # what the MLP receives would still change
     run.block.mlp.register_forward_hook(lambda _module, _inputs, output: output * 1.0)
     assert run.find("mlp.down_proj") == ()
@@ -113,28 +116,46 @@ def test_no_product_is_computed_twice(checkpoint, ids):
     assert calls == {name: len(BATCHES) + (name.removeprefix(PREFIX + ".") in first) for name in run.names}
 
 def test_the_unquantized_model_goes_beside(checkpoint, ids):
-    """cross at every linear is against its input in the original block on the original stream."""
+    """cross at every linear is against its input in the original block on the original stream, and what the outputs of
+    the last of a part are added to against what they are added to there."""
     run, original = Run(checkpoint("llama"), ids), Run(checkpoint("llama"), ids)
     run.store.write(slice(0, SAMPLES), run.store.read(slice(0, SAMPLES)) * 0.9)
     tracks = [Track(run.block, new_store), Track(original.block, new_store)]
     staged = StagedBlock(tracks, PREFIX, run.parts, BATCHES)
 
-    def inputs(side: Run, names: list[str], batch: slice) -> dict[str, torch.Tensor]:
-        return statistics.inputs_of(side.block, PREFIX, names, side.arguments, 0, side.store, batch, CPU, torch.float32)
+    def inputs(side: Run, names: list[str], batch: slice, residual: str | None = None) -> statistics.Received:
+        return statistics.received(side.block, PREFIX, names, side.arguments, 0, side.store, batch, CPU, torch.float32,
+                                   residual)
 
-    def collect(names: list[str], batches: Iterator[slice]) -> Collected:
+    def collect(names: list[str], batches: Iterator[slice], residual: str | None) -> Collected:
         return statistics.collect(run.block, PREFIX, names, run.arguments, 0, run.store, batches, HELD_OUT, CPU,
-                                  torch.float32, lambda batch, wanted: inputs(original, list(wanted), batch))
+                                  torch.float32, lambda batch, wanted: inputs(original, list(wanted), batch, residual),
+                                  residual)
+
+    def added_to(side: Run, name: str, batch: slice) -> torch.Tensor:
+        """The block's entrance, or that with the output of its attention."""
+        entrance, found = side.store.read(batch), []
+        handle = side.block.self_attn.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
+        statistics.run_block(side.block, side.arguments, 0, side.store, batch, CPU, torch.float32)
+        handle.remove()
+        return (entrance + found[0] * name.endswith("down_proj")).flatten(0, 1)
 
     still = Run(checkpoint("llama"), ids)
     changing = Run(checkpoint("llama"), ids)
     changing.store.copy_from(run.store, BATCHES)
     for item in staged.collect(run.names, collect):
         for names, found in item.items():
-            pairs = [(inputs(still, list(names), batch)[names[0]], inputs(changing, list(names), batch)[names[0]])
+            pairs = [tuple(inputs(side, list(names), batch).inputs[names[0]] for side in (still, changing))
                      for batch in BATCHES[:2]]
             clean, x = torch.cat([left for left, _ in pairs]), torch.cat([right for _, right in pairs])
             torch.testing.assert_close(found.cross, (clean - x).T @ x / len(x), rtol=1e-3, atol=1e-4)
+            if names[0].endswith(("o_proj", "down_proj")):
+                off = torch.cat([added_to(still, names[0], batch) - added_to(changing, names[0], batch)
+                                 for batch in BATCHES[:2]])
+                torch.testing.assert_close(found.residual, off.T @ x / len(x), rtol=1e-3, atol=1e-4)
+                assert found.held_out.knows_residual
+            else:
+                assert found.residual is None and not found.held_out.knows_residual
         for names in item:
             run.coarsen(names)
             changing.coarsen(names)

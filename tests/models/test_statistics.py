@@ -33,8 +33,8 @@ def collect(loaded, ids, index, block=None, float_store=None, change=None, only=
 
     def floats(batch, wanted):
         if only is not None and batch not in (only, BATCHES[-1]):  # the last is held out
-            return {}
-        return statistics.inputs_of(original, prefix, wanted, arguments, index, float_store, batch, CPU, torch.float32)
+            return None
+        return statistics.received(original, prefix, wanted, arguments, index, float_store, batch, CPU, torch.float32)
 
     return statistics.collect(block, prefix, names, arguments, index, store, BATCHES, HELD_OUT, CPU, torch.float32,
                               floats if float_store else None)
