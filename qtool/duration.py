@@ -114,8 +114,8 @@ def _split(plan: Plan) -> tuple[int, int]:
 
 def _solving(plan: Plan, stage: Stage, known: dict[Any, Any]) -> float:
     took = 0.0
-    for group in (some for shared in shared_inputs(stage) for some in same_scheme(shared)):
-        tail = estimate.group_of(group, work_of(plan)).tail > 0
+    for group, tail in ((some, estimate.group_of(shared, work_of(plan)).tail > 0)
+                        for shared in shared_inputs(stage) for some in same_scheme(shared)):
         make = plan.name, group[0].shape[1], group[0].scheme.model_dump_json(), tail
         tried = _once(known, make, lambda: trials.solving(plan, group[0], tail))  # noqa: B023 - called here
         took += tried.of(sum(linear.shape[0] for linear in group))
@@ -146,9 +146,12 @@ def work(plan: Plan, stage: Stage) -> float:
     tokens = plan.samples * plan.recipe.calibration.sequence_length
     passed = passes * tokens + learned_tokens(plan)
     flops = 2.0 * passed * sum(rows * columns for rows, columns in _shapes(stage))
-    flops += sum(group[0].shape[1]**2 * _products(plan, group) for group in shared_inputs(stage)) * tokens
-    products = sum(rows * columns**2 for rows, columns in _shapes(stage))  # N K², to solve
-    return flops + (20 if plan.float_share else 12) * products * (1 + len(plan.others))
+    groups = {(group[0].shape[1], _products(plan, group)) for group in shared_inputs(stage)}
+    flops += sum(columns**2 * products for columns, products in groups) * tokens
+    solved = sum(rows * columns**2 for rows, columns in _shapes(stage))  # N K², to solve
+    tails = sum(one.tail * one.columns**2 for one in (estimate.group_of(group, work_of(plan))
+                                                      for group in shared_inputs(stage)))
+    return flops + ((20 if plan.float_share else 12) * solved + 8 * tails) * (1 + len(plan.others))
 
 
 def one_pass(plan: Plan, rate: float) -> float:

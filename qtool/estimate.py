@@ -253,7 +253,8 @@ class Group(NamedTuple):
 
 
 def group_of(linears: Sequence[LinearPlan], work: Work) -> Group:
-    """The group of linears that share their input; at most one too many tails (where a norm comes between)."""
+    """The group of linears that share their input. The tail is an upper bound: rows that are as many as the hidden
+    width, of a linear alone, whose outputs may go through a norm or be added together with others'."""
     rows, alone = sum(one.shape[0] for one in linears), len(linears) == 1 and ".experts." not in linears[0].name
     follows = work.follows_residual and alone and rows == work.skeleton.hidden
     return Group(rows, linears[0].shape[1], rows if follows else 0)

@@ -147,7 +147,8 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def size(work: Work, scaling_steps: int) -> int:
     """Bytes of all statistics of a run, the index aside: exact where linears share their input as is usual; at most
-    that with experts, some of which share, with steps that scale channels, and with norms before outputs are added."""
+    that with experts, some of which share, with steps that scale channels, and where what outputs are added to is not
+    found (models/staged.py)."""
     def of(stage: Stage) -> int:
         scales = 4 * scaling_steps * sum(sum(one.shape) for one in stage.linears)
         return _room(stage, scaling_steps) + scales + sum(_group_bytes(group_of(group, work), work)

@@ -35,7 +35,8 @@ class Solved:
         """Without what is large and no longer needed, but for what measures the answer."""
         stats = self.layer.stats
         assert stats is not None
-        return replace(self, layer=replace(self.layer, stats=replace(stats, hessian=NOTHING, cross=None, paired=None)))
+        return replace(self, layer=replace(self.layer, stats=replace(stats, hessian=NOTHING, cross=None, paired=None,
+                                                                     residual=None)))
 
 
 def of_linear(plan: Plan, solved: Solved, dense: torch.Tensor) -> dict[str, Any]:

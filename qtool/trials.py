@@ -7,6 +7,7 @@ cut, and the seconds scaled by the arithmetic.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -52,14 +53,14 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def solving(plan: Plan, linear: LinearPlan, tail: bool) -> Solving:
+def solving(plan: Plan, linear: LinearPlan, tail: bool = False) -> Solving:
     """The steps of the plan on the inputs and scheme of a linear, then measuring, packing and reading back.
 
     tail: whether a target may follow what its outputs are added to.
     """
     columns = min(linear.shape[1], COLUMNS)
-    stats = {rows: _statistics(plan, columns, rows if tail else 0) for rows in ROWS}
-    tried = _by_rows(lambda rows: _solve(plan, linear, _weight(rows, columns), replace(stats[rows])))
+    stats = functools.cache(lambda rows: _statistics(plan, columns, rows))
+    tried = _by_rows(lambda rows: _solve(plan, linear, _weight(rows, columns), replace(stats(rows if tail else 0))))
     longer = linear.shape[1] / columns
     return Solving(tried.fixed * longer**3, tried.per_row * longer**2)
 

@@ -43,17 +43,22 @@ def test_text_and_rows_are_counted(samples: int, constant: None, model: Path, tm
     assert duration.calibrated(plan) == pytest.approx(once)
     plan = planned(model, tmp_path / "out", "gptq", samples)
     share = plan.float_share
-    twice = 2 * (tokens * (TOKEN * (1 + share) + GRAM * (1 + 2 * share) * (3 * 64 + 128)) + solving)
+    added_to = 2 * share * GRAM * (64 + 64)  # of o and down, with 64 rows each
+    twice = 2 * (tokens * (TOKEN * (1 + share) + GRAM * (1 + 2 * share) * (3 * 64 + 128) + added_to) + solving)
     assert duration.calibrated(plan) == pytest.approx(twice)
     plan = planned(model, tmp_path / "out", "awq", samples)
     assert duration.calibrated(plan) == pytest.approx(once + 2 * (tokens * TOKEN + 4 * SCALES))
 
 
 def test_each_kind_is_tried_once(constant: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[tuple[int, int]] = []
-    monkeypatch.setattr(trials, "solving", lambda _, one: tried.append(one.shape) or trials.Solving(1.0, 0.0))
-    duration.calibrated(planned(model, tmp_path / "out"))
-    assert [columns for _, columns in tried] == [64, 128]
+    tried: list[tuple[int, bool]] = []
+    monkeypatch.setattr(trials, "solving",
+                        lambda _, one, tail: tried.append((one.shape[1], tail)) or trials.Solving(1.0, 0.0))
+    duration.calibrated(planned(model, tmp_path / "out", "gptq-fast"))
+    assert tried == [(64, False), (128, False)]
+    tried.clear()
+    duration.calibrated(planned(model, tmp_path / "out", "nf4-gptq"))  # whose linears are solved one by one
+    assert tried == [(64, False), (64, True), (128, True)]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
@@ -68,6 +73,6 @@ def test_long_inputs_are_cut_and_scaled(model: Path, tmp_path: Path, monkeypatch
     down = next(one for one in plan.linears if one.shape[1] == 128)
     assert trials.solving(plan, down) == trials.Solving(1.0, 0.25)
     monkeypatch.setattr(trials, "COLUMNS", 32)
-    assert trials.solving(plan, down) == trials.Solving(4.0**3, 0.25 * 4**2)
+    assert trials.solving(plan, down, True) == trials.Solving(4.0**3, 0.25 * 4**2)
     monkeypatch.setattr(trials, "PASS_BYTES", 1)
     assert trials.token_pass(plan, plan.stages[1]) is None

@@ -114,7 +114,7 @@ def test_equal_settings_give_equal_bytes(family: str, method: str, settings: dic
 
 @pytest.mark.parametrize("changed", [
     {"scheme__bits": 8}, {"steps__gptq__damping": 0.1, "scheme__group_size": 16},
-    {"method": "gptq-fast", "scheme__group_size": 32}])
+    {"method": "gptq-fast", "scheme__group_size": 32}, {"steps__asymmetric__residual": False}])
 def test_other_settings_give_what_the_text_gives(changed: dict[str, Any], model: Path, out: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """One linear of a block: its inputs are those of the first run."""
@@ -133,6 +133,13 @@ def test_other_settings_give_what_the_text_gives(changed: dict[str, Any], model:
     else:
         assert weights(out) == weights(tmp_path / "text") and before == after
     verified(out, model)
+
+
+def test_what_outputs_are_added_to_was_not_measured(model: Path, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "out", steps__asymmetric__residual=False, **KEEP)
+    assert asked(model, tmp_path / "out", "*.1.*", scheme__bits=8).kept is not None
+    found = asked(model, tmp_path / "out", "*.1.*", steps__asymmetric__residual=True)
+    assert found.kept is None and "wants to know what outputs are added to" in found.why
 
 
 def test_a_linear_after_a_redone_one_has_the_inputs_of_the_first_run(model: Path, out: Path, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from qtool.tensors import all_finite
 CALIBRATED = True
 CODEBOOKS = True
 NEEDS_FLOAT_STREAM = True
-ROUNDS = 64  # far more than two factors need unless their directions are one
 
 
 class Options(Strict):
@@ -55,7 +54,7 @@ def run(layer: Layer, options: Options) -> Layer:
         return layer.having(notes={"asymmetric": 0.0})
     aims = [layer.weight @ stats.cross]
     if options.residual and stats.residual is not None:
-        aims.append(stats.residual)
+        aims.append(stats.residual * (layer.weight != 0).any(1, keepdim=True))  # a grid of zeros cannot follow
     # H of the very tokens of C: what they share of chance cancels
     hessian = stats.hessian if stats.paired is None else stats.paired
     stats.cross = stats.paired = stats.residual = None  # the largest things in memory, and no later step needs them
@@ -88,16 +87,25 @@ def best_factors(weight: torch.Tensor, directions: Sequence[torch.Tensor], held_
     unit = unit_of(weight)
     if unit != 1:
         weight, directions = weight / unit, [one / unit for one in directions]
-    pulls = [held_out.pull(one, weight) + (held_out.pull_back(one) / unit if len(directions) > 1 else 0.0)
-             for one in directions]
+    follows = len(directions) > 1 and held_out.knows_residual
+    pulls = [held_out.pull(one, weight) + (held_out.pull_back(one) / unit if follows else 0.0) for one in directions]
     squares = [held_out.energy(one) for one in directions]
-    between = held_out.product(*directions) if len(directions) > 1 else 0.0
-    factors = [0.0] * len(directions)
-    for _ in range(ROUNDS if between else 1):  # coordinate descent on a convex quadratic in a box
-        for place, square in enumerate(squares):
-            pull = pulls[place] - between * factors[1 - place] if between else pulls[place]
-            factors[place] = min(max(pull / square, 0.0), limit) if square > 0 else 0.0
-    return factors
+    if not follows:
+        return [_clamped(pulls[0], squares[0], limit), *[0.0] * (len(directions) - 1)]
+    between = held_out.product(*directions)
+    found = squares[0] * squares[1] - between**2
+    first, second = pulls[0] * squares[1] - pulls[1] * between, pulls[1] * squares[0] - pulls[0] * between
+    if found > 0 and 0 <= first <= limit * found and 0 <= second <= limit * found:
+        return [first / found, second / found]
+    edges = [(end, _clamped(pulls[1] - between * end, squares[1], limit)) for end in (0.0, limit)]
+    edges += [(_clamped(pulls[0] - between * end, squares[0], limit), end) for end in (0.0, limit)]
+    return list(min(edges, key=lambda f: (f[0]**2 * squares[0] + f[1]**2 * squares[1] + 2 * f[0] * f[1] * between
+                                          - 2 * f[0] * pulls[0] - 2 * f[1] * pulls[1])))
+
+
+def _clamped(pull: float, square: float, limit: float) -> float:
+    """argmin over f in [0, limit] of f² square - 2 f pull."""
+    return min(max(pull / square, 0.0), limit) if square > 0 else 0.0
 
 
 def _solve(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

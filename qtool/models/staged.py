@@ -46,19 +46,28 @@ def find_parts(block: nn.Module, linears: Sequence[str], run: Callable[[], Any])
     """Watch one forward pass, `run()`, of a block; `linears` are the paths in it that will be quantized."""
     calls: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     returned: dict[str, list[Any]] = {}
+    results: dict[str, torch.Tensor] = {}  # of linears
     entered: list[tuple[str, Any]] = []  # each module when it is called, with its first argument
 
     def watch_linear(path: str) -> Callable[..., None]:
-        return lambda _module, inputs, output: calls.append((path, inputs[0], output))
+        def add(_module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            calls.append((path, inputs[0], output))
+            results[path] = output.clone()  # a block may add to it in place
+        return add
+
+    def watch_entry(path: str) -> Callable[..., None]:
+        def add(_module: nn.Module, inputs: Any) -> None:
+            tensor = inputs[0] if inputs else None
+            entered.append((path, tensor.clone() if isinstance(tensor, torch.Tensor) else None))
+        return add
 
     def watch_module(path: str) -> Callable[..., None]:
         return lambda _module, _inputs, output: returned.setdefault(path, []).append(output)
 
     handles = [module.register_forward_hook((watch_linear if isinstance(module, nn.Linear) else watch_module)(path))
                for path, module in block.named_modules() if path]
-    handles += [module.register_forward_pre_hook(
-        lambda _module, inputs, path=path: entered.append((path, inputs[0] if inputs else None)))
-        for path, module in block.named_modules() if path]
+    handles += [module.register_forward_pre_hook(watch_entry(path))
+                for path, module in block.named_modules() if path]
     try:
         entered.append(("", run()))
     finally:
@@ -68,8 +77,7 @@ def find_parts(block: nn.Module, linears: Sequence[str], run: Callable[[], Any])
     for path, outputs in returned.items():  # inner modules return first
         part = _part(path, block.get_submodule(path), calls, outputs, linears)
         if part is not None:
-            result = next(y for name, _, y in calls if name == part.tail)
-            part = replace(part, residual=_residual(part, result, entered))
+            part = replace(part, residual=_residual(part, results[part.tail], entered))
             parts = {name: one for name, one in parts.items() if not name.startswith(path + ".")} | {path: part}
     return _in_order(list(parts.values()), [path for path, _, _ in calls if path in linears])
 
@@ -106,7 +114,12 @@ def _part(path: str, module: nn.Module, calls: list[tuple[str, torch.Tensor, tor
 
 
 def _residual(part: Part, result: torch.Tensor, entered: Sequence[tuple[str, Any]]) -> str | None:
-    """The first module that receives an r such that r + result is what a later one receives, or the block returns."""
+    """The first module that receives an r such that r + result is what a later one receives, or the block returns.
+
+    None also where the result is zero, so that nothing can be told from sums.
+    """
+    if not bool(result.any()):
+        return None
     place = next(index for index, (path, _) in enumerate(entered) if path == part.tail)
     alike = [(index, path, one) for index, (path, one) in enumerate(entered)
              if isinstance(one, torch.Tensor) and one.shape == result.shape and one.dtype == result.dtype]

@@ -68,6 +68,33 @@ def test_parts(checkpoint, ids, family, expected):
     assert Run(checkpoint(family), ids).parts == expected
 
 
+class Parallel(torch.nn.Module):
+    """Two parts on one input, whose results are added up before they are added to it; in place, as Falcon does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8)
+        self.first = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+        self.second = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        inner = self.norm(hidden)
+        result, other = self.second(inner), self.first(inner)
+        result += other
+        return hidden + result
+
+
+@torch.no_grad()
+def test_what_nothing_is_added_to_alone_is_not_followed() -> None:
+    block, paths = Parallel(), ["first.0", "first.1", "second.0", "second.1"]
+    parts = find_parts(block, paths, lambda: block(torch.randn(2, 3, 8)))
+    assert [(part.path, part.residual) for part in parts] == [("second", None), ("first", None)]
+    for path in ("first.1", "second.1"):  # now any r is r + result
+        block.get_submodule(path).weight.zero_()
+        block.get_submodule(path).bias.zero_()
+    assert [part.residual for part in find_parts(block, paths, lambda: block(torch.randn(2, 3, 8)))] == [None, None]
+
+
 def test_a_part_needs_a_solved_tail(checkpoint, ids):
     run = Run(checkpoint("llama"), ids)
     assert run.find("mlp.down_proj") == (dataclasses.replace(MLP, inner=()),)

@@ -16,7 +16,7 @@ BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
 HELD_OUT = frozenset({4})
 
 
-def collect(loaded, ids, index, block=None, float_store=None, change=None, only=None):
+def collect(loaded, ids, index, block=None, float_store=None, change=None, only=None, residual=None):
     """Propagate unquantized up to block `index` and collect there, with float_store beside the same in it."""
     store, arguments = loaded.captured(ids, BATCHES)
     if float_store is not None:
@@ -34,10 +34,11 @@ def collect(loaded, ids, index, block=None, float_store=None, change=None, only=
     def floats(batch, wanted):
         if only is not None and batch not in (only, BATCHES[-1]):  # the last is held out
             return None
-        return statistics.received(original, prefix, wanted, arguments, index, float_store, batch, CPU, torch.float32)
+        return statistics.received(original, prefix, wanted, arguments, index, float_store, batch, CPU, torch.float32,
+                                   residual)
 
     return statistics.collect(block, prefix, names, arguments, index, store, BATCHES, HELD_OUT, CPU, torch.float32,
-                              floats if float_store else None)
+                              floats if float_store else None, residual)
 
 
 def inputs_in_the_full_model(loaded, ids, names) -> dict[str, torch.Tensor]:
@@ -118,10 +119,11 @@ def test_equal_streams_have_no_cross_term(checkpoint, ids):
 
 
 def test_the_unquantized_model_beside_some_of_the_samples(checkpoint, ids):
-    """cross is over those alone, and paired is H over the same tokens; the Hessian itself is over all."""
+    """cross and residual are over those alone, and paired is H over the same tokens; the Hessian itself is over all."""
     loaded = checkpoint("llama")
     full, float_store = collect(loaded, ids, 1), loaded.store()
-    some = collect(loaded, ids, 1, float_store=float_store, change=lambda hidden: hidden * 0.9, only=BATCHES[0])
+    some = collect(loaded, ids, 1, float_store=float_store, change=lambda hidden: hidden * 0.9, only=BATCHES[0],
+                   residual="input_layernorm")
     every = collect(loaded, ids, 1, float_store=loaded.store(), change=lambda hidden: hidden * 0.9)
     for names, found in some.items():
         torch.testing.assert_close(found.hessian, every[names].hessian, rtol=1e-4, atol=1e-5)
@@ -137,6 +139,7 @@ def test_the_unquantized_model_beside_some_of_the_samples(checkpoint, ids):
     found = next(found for names, found in some.items() if names[0].endswith("q_proj"))
     torch.testing.assert_close(found.paired, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.cross, (clean - x).T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.residual, (before * 0.1).flatten(0, 1).T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_held_out(checkpoint, ids):
