@@ -99,8 +99,13 @@ def best_factors(weight: torch.Tensor, directions: Sequence[torch.Tensor], held_
         return [first / found, second / found]
     edges = [(end, _clamped(pulls[1] - between * end, squares[1], limit)) for end in (0.0, limit)]
     edges += [(_clamped(pulls[0] - between * end, squares[0], limit), end) for end in (0.0, limit)]
-    return list(min(edges, key=lambda f: (f[0]**2 * squares[0] + f[1]**2 * squares[1] + 2 * f[0] * f[1] * between
-                                          - 2 * f[0] * pulls[0] - 2 * f[1] * pulls[1])))
+
+    def loss(factors: tuple[float, float]) -> float:
+        one, other = factors
+        return (one**2 * squares[0] + other**2 * squares[1] + 2 * one * other * between
+                - 2 * one * pulls[0] - 2 * other * pulls[1])
+
+    return list(min(edges, key=loss))
 
 
 def _clamped(pull: float, square: float, limit: float) -> float:
