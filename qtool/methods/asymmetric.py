@@ -105,7 +105,8 @@ def best_factors(weight: torch.Tensor, directions: Sequence[torch.Tensor], held_
         return (one**2 * squares[0] + other**2 * squares[1] + 2 * one * other * between
                 - 2 * one * pulls[0] - 2 * other * pulls[1])
 
-    return list(min(edges, key=loss))
+    best: tuple[float, float] = min(edges, key=loss)
+    return list(best)
 
 
 def _clamped(pull: float, square: float, limit: float) -> float:
