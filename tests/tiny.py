@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(path: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
+def make(path: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Path:
     """Write a checkpoint of `family` (a key of FAMILIES) into the folder `path`; the same seed gives the same bytes.
 
     `overrides` are config values, e.g. num_hidden_layers=2, tie_word_embeddings=True. Weights and norms are random, so
@@ -50,7 +50,7 @@ def make(path: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
     config = AutoConfig.for_model(values.pop("model_type", family), **values)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

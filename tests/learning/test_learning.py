@@ -108,14 +108,14 @@ def test_logits_of_some_tokens_at_a_time_are_those_of_all(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("method", ["aqlm", "lloyd4"])
 def test_codebooks_learn_too(method: str, tmp_path: Path) -> None:
-    model = tiny.make(tmp_path / "model", "llama")
+    model = tiny.make(tmp_path / "model", "llama", dtype=torch.float32)
     steps = [*(next(iter(step)) for step in recipe.preset(method).steps)]
     made = quantize(model, tmp_path / "out", method, scheme__group_size=recipe.preset(method).scheme.group_size,
                     steps=[*steps, {"tune": {"tokens": 128}}, {"distill": {"tokens": 128, "rate": 0.003}}],
                     calibration__samples=24, calibration__held_out=0.25)
     assert any(layer["tuned"][0]["kept_step"] > 0 for layer in made["layers"])
     best = min(point["held_out"] for point in made["learned"]["curve"])
-    assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=2e-3)
+    assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=1e-4)
     assert not faults(tmp_path / "out")
 
 
