@@ -45,6 +45,7 @@ class Work:
     latent: bool = False  # weights before rounding too
     distilling: int = 0  # tokens of a step on the whole model; 0: none
     follows_residual: bool = False  # statistics of what outputs are added to, too
+    surveys_moments: bool = False  # before the block is solved, of all its linears at once
 
     @property
     def streams(self) -> int:
@@ -195,6 +196,10 @@ def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
         statistics, solve = sum(sums), sum(sums) + max(solving)
     else:
         statistics, solve = max(sums, default=0), max(solving, default=0)
+    if work.surveys_moments:
+        surveyed = sum(4 * group.columns**2 for group in groups)
+        statistics = max(statistics, surveyed)
+        solve = max(solve, surveyed + max(_equalizing(group) for group in groups))
     batch = work.recipe.calibration.batch_tokens or 0  # the plan fills it in
     widest = max((max(one.shape) for one in stage.linears), default=0)
     forward = batch * (3 * widest + 6 * work.skeleton.hidden) * compute
@@ -202,6 +207,11 @@ def _block(stage: Stage, work: Work) -> tuple[int, int, int, int, int]:
     # this block's weights as read are the block's own where no conversion is needed; the next block's come on top
     return (elements * compute * work.streams, statistics, solve, forward,
             as_read * (1 if work.compute_dtype is work.model_dtype else 2))
+
+
+def _equalizing(group: Group) -> int:
+    """What the search for scales holds: W, target, |W|, its powers and a product; H scaled, in order, and L."""
+    return group.rows * group.columns * 20 + group.columns**2 * 12
 
 
 def _backward(work: Work) -> int:

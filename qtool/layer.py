@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,22 @@ class Layer:
         for key in ("notes", "repaired"):
             changes[key] = {**getattr(self, key), **changes.get(key, {})}
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the inputs of some linears look like: mean and largest |x| per channel [K], some tokens x [T, K].
+
+    outliers: of the tokens, the share that LLM.int8() takes for outliers, per channel [K].  hessian: mean of x xᵀ over
+    all tokens [K, K], where it was asked for.  tie: averages values [K] over channels that must have the same scale.
+    """
+
+    mean: torch.Tensor
+    largest: torch.Tensor
+    outliers: torch.Tensor
+    sample: torch.Tensor
+    hessian: torch.Tensor | None = None
+    tie: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
 
 
 def damped(hessian: torch.Tensor, damping: float, mode: str) -> torch.Tensor:

@@ -223,7 +223,8 @@ def work_of(plan: Plan) -> estimate.Work:
     """What the estimates look at."""
     return estimate.Work(plan.skeleton, plan.stages, plan.recipe, plan.device, plan.model_dtype, plan.compute_dtype,
                          plan.samples, plan.calibrated, plan.float_share, plan.rotated is not None,
-                         *plan_learning.size(plan), follows_residual=plan.follows_residual)
+                         *plan_learning.size(plan), follows_residual=plan.follows_residual,
+                         surveys_moments=any(getattr(step, "SURVEYS_MOMENTS", False) for step, _ in plan.steps))
 
 
 def follows_residual(steps: Iterable[tuple[ModuleType, Any]]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qtool import found
-from qtool.layer import Layer
+from qtool.layer import Layer, Survey
 from qtool.models import folds
 from qtool.plan import Plan
 from qtool.quality import finite_or_worst
@@ -32,7 +32,8 @@ def rescale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream,
     scalings: list[folds.Scaling] = []
     for step, options in plan.steps:
         if getattr(step, "SCALES_INPUTS", False):
-            surveys = stream.survey(block, stage, options.samples, options.tokens)
+            surveys = stream.survey(block, stage, options.samples, getattr(options, "tokens", 0),
+                                    moments=getattr(step, "SURVEYS_MOMENTS", False))
             trial = Trial(block, functools.partial(stream.trial, block, stage))
             for fold in stream.folds(block, stage, surveys):
                 scalings += _scale(plan, stage, trial, fold, surveys[fold.consumers], step, options, weights, notes)
@@ -55,7 +56,7 @@ class Trial:
             return finite_or_worst(float((self.run() - self.expected).double().square().sum()))
 
 
-def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: folds.Survey, step: Any, options: Any,
+def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: Survey, step: Any, options: Any,
            weights: dict[str, torch.Tensor], notes: Notes) -> list[folds.Scaling]:
     block = trial.block
     prefix = plan.skeleton.blocks[stage.block or 0] + "."
@@ -67,9 +68,8 @@ def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: fol
         return weights[stored[path]].to(plan.device)
 
     layer = _stacked(plan, group, read, prefix)
-    mean, largest = folds.tied(fold, survey.mean), folds.tied(fold, survey.largest)
     candidates = [(folds.tied(fold, scale), told)
-                  for scale, told in step.input_scales(layer, mean, largest, survey.sample, options)]
+                  for scale, told in step.input_scales(layer, folds.tied_survey(fold, survey), options)]
     scale, told = candidates[0]
     if len(candidates) > 1:
         scale, told = min(candidates, key=lambda one: trial.moved(_rounded(block, fold, layer, survey, one[0])))
@@ -83,7 +83,7 @@ def _scale(plan: Plan, stage: Stage, trial: Trial, fold: folds.Fold, survey: fol
     return [replace(one, linear=prefix + one.linear) for one in scalings if prefix + one.linear in linears]
 
 
-def _rounded(block: torch.nn.Module, fold: folds.Fold, layer: Layer, survey: folds.Survey,
+def _rounded(block: torch.nn.Module, fold: folds.Fold, layer: Layer, survey: Survey,
              scale: torch.Tensor) -> dict[str, torch.Tensor]:
     """The weights of a fold's consumers, by path, rounded at this scale; the fold changes nothing and stays out."""
     grid = found.load("grids", layer.scheme.grid)

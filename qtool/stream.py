@@ -13,6 +13,7 @@ import torch
 
 from qtool.activations import static_scale
 from qtool.errors import CalibrationError
+from qtool.layer import Survey
 from qtool.models import blocks, folds, inputs, kv, statistics
 from qtool.models.calibration import CalibrationTokens
 from qtool.models.staged import Collected, Part, StagedBlock, Track, find_parts
@@ -100,7 +101,7 @@ class Stream:
         """Experts of one kind share the scale of the largest inputs, as engines have it."""
         plan, prefix = self.plan, self.plan.skeleton.blocks[stage.block or 0] + "."
         static = [one for one in stage.linears if one.scheme.activations == "tensor"]
-        kinds: dict[str, list[folds.Survey]] = {}
+        kinds: dict[str, list[Survey]] = {}
         for paths, look in (self.survey(block, stage, plan.samples, RANGE_TOKENS) if static else {}).items():
             for path in paths:
                 kinds.setdefault(any_number(path), []).append(look)
@@ -116,14 +117,14 @@ class Stream:
             scales[one.name] = scale.cpu()
         return scales
 
-    def survey(self, block: torch.nn.Module, stage: Stage, samples: int, tokens: int,
-               threshold: float = 0.0) -> dict[tuple[str, ...], folds.Survey]:
+    def survey(self, block: torch.nn.Module, stage: Stage, samples: int, tokens: int, threshold: float = 0.0,
+               moments: bool = False) -> dict[tuple[str, ...], Survey]:
         """What the inputs of a stage's linears look like on the first samples, by their paths in the block."""
         index, plan = stage.block or 0, self.plan
         batches = [batch for batch in self.fitting if batch.start < samples]
         return folds.survey(block, plan.skeleton.blocks[index], [linear.name for linear in stage.linears],
                             self.arguments, index, self.stores[0], batches, plan.device, plan.compute_dtype, tokens,
-                            threshold)
+                            threshold, moments)
 
     def trial(self, block: torch.nn.Module, stage: Stage) -> torch.Tensor:
         """The output of the block on the first fitting samples, TRIAL_TOKENS of them or a batch."""

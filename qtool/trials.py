@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qtool import found
-from qtool.layer import Layer
+from qtool.layer import Layer, Survey
 from qtool.models import blocks
 from qtool.models.statistics import run_block
 from qtool.models.streams import StreamStore
@@ -90,13 +90,14 @@ def scaling(plan: Plan, group: Sequence[LinearPlan], one: float) -> float:
     width, total = min(columns, COLUMNS), 0.0
     for step, options in plan.steps:
         if getattr(step, "SCALES_INPUTS", False):
-            some = torch.randn(options.tokens, width)
+            some = torch.randn(getattr(options, "tokens", 2 * width), width)
             size = some.abs()
+            look = Survey(size.mean(0), size.amax(0), torch.zeros(width), some, some.T @ some / len(some))
             found_scales: list[Any] = []
 
             def search(count: int) -> None:
                 layer = _layer(plan, group[0], _weight(count, width))
-                found_scales[:] = step.input_scales(layer, size.mean(0), size.amax(0), some, options)  # noqa: B023
+                found_scales[:] = step.input_scales(layer, look, options)  # noqa: B023
 
             total += _by_rows(search).of(rows) * columns / width
             candidates = len(found_scales)

@@ -122,7 +122,7 @@ def test_every_preset_goes_through_and_comes_back(method: str, tmp_path: Path) -
     assert 0 < figures["kl"]["mean"] < 0.1
 
 
-@pytest.mark.parametrize("method", ["awq", "awq+gptq", "smoothquant"])
+@pytest.mark.parametrize("method", ["awq", "awq+gptq", "smoothquant", "equalize"])
 def test_scaled_channels_leave_the_model_as_it_was(method: str, tmp_path: Path) -> None:
     """The weights are other ones, the function is nearly the same; and scaling helps where channels differ much."""
     model = tiny.make(tmp_path / "model", "llama")
@@ -137,19 +137,21 @@ def test_scaled_channels_leave_the_model_as_it_was(method: str, tmp_path: Path) 
     text.write_text("one two three four five six seven eight nine ten " * 80)
     group = {} if method == "smoothquant" else {"scheme__group_size": 32}
     errors = []
-    for name, steps in ((method, None), ("plain", [{"rtn": {"search": True}}])):
+    preset, own = ("gptq", ["equalize", "gptq"]) if method == "equalize" else (method, None)
+    plain = ["gptq"] if method == "equalize" else [{"rtn": {"search": True}}]
+    for name, steps in ((method, own), ("plain", plain)):
         made = {key: value for key, value in SMALL.items() if "scheme" not in key}
         changes = {**made, **{key.replace("__", "."): value for key, value in group.items()}}
         if steps is not None:
             changes["steps"] = steps
         checkpoint = open_checkpoint(str(model))
-        plan = make_plan(checkpoint, recipe.override(recipe.preset(method), changes), tmp_path / name, "cpu")
+        plan = make_plan(checkpoint, recipe.override(recipe.preset(preset), changes), tmp_path / name, "cpu")
         result = pipeline.run(checkpoint, plan, Silent())
         figures = evaluate.evaluate([decode.open_model(str(tmp_path / name))], decode.open_model(str(model)), str(text),
                                     windows=4, context=16)["models"][0]
         errors.append(figures["kl"]["mean"])
         rescaled = {layer["name"].rpartition(".")[2] for layer in result["layers"] if layer.get("rescaled")}
-        assert (rescaled >= {"q_proj", "gate_proj", "down_proj"}) == (steps is None)
+        assert (rescaled >= {"q_proj", "gate_proj", "down_proj"}) == (name == method)
     assert errors[0] < 0.8 * errors[1]
 
 

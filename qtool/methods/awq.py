@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from qtool import found
-from qtool.layer import Layer
+from qtool.layer import Layer, Survey
 from qtool.quality import finite_or_worst
 from qtool.recipe import Strict
 
@@ -41,17 +41,17 @@ def run(layer: Layer, options: Options) -> Layer:
     return layer
 
 
-def input_scales(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample: torch.Tensor,
-                 options: Options) -> list[tuple[torch.Tensor, dict[str, float]]]:
+def input_scales(layer: Layer, survey: Survey, options: Options) -> list[tuple[torch.Tensor, dict[str, float]]]:
     """Scales of the input channels [K] that come into question, and what the manifest should tell of each.
 
-    mean, largest: of |x| per channel [K].  sample: some inputs [T, K].  The best for these linears alone comes first.
+    The best for these linears alone comes first.
     """
+    mean = survey.mean
     candidates = {0.0: torch.ones_like(mean)}
     for step in range(1, options.steps + 1):
         scale = mean.clamp_min(1e-8).pow(step / options.steps).clamp_min(1e-4)
         candidates[step / options.steps] = scale / (scale.max() * scale.min()).sqrt()
-    errors = {power: _error(layer, scale, sample, options) for power, scale in candidates.items()}
+    errors = {power: _error(layer, scale, survey.sample, options) for power, scale in candidates.items()}
     best = sorted(candidates, key=lambda power: (errors[power], power))[:options.tries]
     return [(candidates[power], {"awq": power}) for power in best]
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from qtool import found
 from qtool.activations import round_inputs, static_scale
-from qtool.layer import Layer
+from qtool.layer import Layer, Survey
 from qtool.quality import finite_or_worst
 from qtool.recipe import Strict
 
@@ -36,15 +36,14 @@ def run(layer: Layer, options: Options) -> Layer:
     return layer
 
 
-def input_scales(layer: Layer, mean: torch.Tensor, largest: torch.Tensor, sample: torch.Tensor,
-                 options: Options) -> list[tuple[torch.Tensor, dict[str, float]]]:
-    """The scale of each input channel [K], and what the manifest should tell. Arguments: see awq."""
+def input_scales(layer: Layer, survey: Survey, options: Options) -> list[tuple[torch.Tensor, dict[str, float]]]:
+    """The scale of each input channel [K], and what the manifest should tell."""
     weights = layer.weight.abs().amax(0).clamp_min(1e-8)
     tried = TRIED if options.strength == "search" else (float(options.strength),)
-    candidates = {power: _scale(largest, weights, power) for power in tried}
+    candidates = {power: _scale(survey.largest, weights, power) for power in tried}
     if options.strength == "search":
-        candidates[0.0] = torch.ones_like(largest)  # as it is
-    chosen = min(candidates, key=lambda power: (_error(layer, candidates[power], sample), power))
+        candidates[0.0] = torch.ones_like(survey.largest)  # as it is
+    chosen = min(candidates, key=lambda power: (_error(layer, candidates[power], survey.sample), power))
     return [(candidates[chosen], {"smoothquant": chosen})]
 
 

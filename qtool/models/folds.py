@@ -9,36 +9,26 @@ looked up: random s, same output. Sources: AWQ (arXiv 2306.00978), SmoothQuant (
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from qtool.activations import outlier_mask
 from qtool.errors import NumericalError
+from qtool.layer import Survey
 from qtool.models.blocks import BlockArguments
 from qtool.models.statistics import InputWatch
 from qtool.models.streams import LOOK, StreamStore
+from qtool.moments import add_gram, mirror
 from qtool.tensors import all_finite
 
 FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
 TOLERANCE = 1e-3  # of the output's size, for a fold that holds; float32 and bfloat16 rounding stay below it
 ROWS, COLUMNS = "rows", "columns"  # of a weight, that a fold divides or multiplies
 Run = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the inputs of some linears look like: mean and largest |x| per channel [K], some tokens x [T, K].
-
-    outliers: of the tokens, the share that LLM.int8() takes for outliers, per channel [K].
-    """
-
-    mean: torch.Tensor
-    largest: torch.Tensor
-    outliers: torch.Tensor
-    sample: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -72,12 +62,13 @@ class Scaling:
 
 def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: BlockArguments, index: int,
            store: StreamStore, batches: Iterable[slice], device: torch.device, dtype: torch.dtype,
-           keep: int, threshold: float = 0.0) -> dict[tuple[str, ...], Survey]:
+           keep: int, threshold: float = 0.0, moments: bool = False) -> dict[tuple[str, ...], Survey]:
     """Run the block on some batches: paths of linears that share an input -> its looks, `keep` tokens of it.
 
-    threshold: of outliers; 0: there are none.
+    threshold: of outliers; 0: there are none.  moments: the Hessian too.
     """
     sums: dict[str, list[torch.Tensor]] = {}
+    grams: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = {}
 
     def measure(name: str, x: torch.Tensor) -> None:
@@ -88,6 +79,8 @@ def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Blo
             mean, largest = mean + sums[name][0], torch.maximum(largest, sums[name][1])
             outliers, sample = outliers + sums[name][2], torch.cat([sums[name][3], sample])
         sums[name], tokens[name] = [mean, largest, outliers, sample[:keep]], tokens.get(name, 0) + len(x)
+        if moments:
+            add_gram(grams.setdefault(name, torch.zeros(x.shape[1], x.shape[1], device=x.device)), x)
 
     watch = InputWatch(block, prefix, linears, measure)
     try:
@@ -107,7 +100,8 @@ def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Blo
             if not all_finite(mean):
                 raise NumericalError(f"{leader}: its inputs on calibration text are not finite, though what enters the "
                                      f"block is: a weight before it is too large; {LOOK[False]}")
-            found[tuple(names)] = Survey(mean / tokens[leader], largest, outliers / tokens[leader], sample)
+            hessian = mirror(grams[leader]) / tokens[leader] if moments else None
+            found[tuple(names)] = Survey(mean / tokens[leader], largest, outliers / tokens[leader], sample, hessian)
     return found
 
 
@@ -173,6 +167,12 @@ def tied(fold: Fold, values: torch.Tensor) -> torch.Tensor:
         return values
     return values.reshape(source_shape(fold, len(values))).mean(1, keepdim=True).expand(
         source_shape(fold, len(values))).reshape(-1)
+
+
+def tied_survey(fold: Fold, look: Survey) -> Survey:
+    """With means that are the same where scales must be."""
+    tie = functools.partial(tied, fold)
+    return replace(look, mean=tie(look.mean), largest=tie(look.largest), tie=tie)
 
 
 def _source_scale(fold: Fold, scale: torch.Tensor) -> torch.Tensor:
