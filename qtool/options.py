@@ -44,8 +44,9 @@ KeepStatistics = Annotated[bool, _option("Keep what the text showed of each line
                                          "--redo needs no text.", "--keep-statistics")]
 Restart = Annotated[bool, _option("Discard an unfinished run in OUT.partial.", "--restart")]
 Method = Annotated[str | None, _recipe_option(
-    "The ready recipe of a method: gptq, gptq-fast, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, fp8, fp8-static, "
-    "fp8-block, nf4, fp4, nf4-gptq, mxfp4, nvfp4, rotate, rotate+gptq, or a GGUF mixture such as q4_k_m (gptq).",
+    "The ready recipe of a method: gptq, gptq-fast, equalize+gptq, rtn, awq, awq+gptq, smoothquant, w8a8, llm-int8, "
+    "fp8, fp8-static, fp8-block, nf4, fp4, nf4-gptq, mxfp4, nvfp4, rotate, rotate+gptq, or a GGUF mixture such as "
+    "q4_k_m (gptq).",
     metavar="NAME")]
 RecipeName = Annotated[str | None, _recipe_option("A recipe file, or the name of a ready recipe.", metavar="FILE|NAME")]
 Bits = Annotated[float | None, _recipe_option(

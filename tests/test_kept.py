@@ -89,7 +89,7 @@ def test_half_of_a_symmetric_matrix_is_all_of_it(columns: int) -> None:
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "gptq", {}), ("llama", "gptq", {"steps__asymmetric__share": 1.0}),
     ("llama", "gptq-fast", {"calibration__held_out": 0.0}), ("llama", "awq+gptq", {}),
-    ("llama", "rotate+gptq", {}), ("llama", "gptq", {"calibration__samples": 64}),
+    ("llama", "equalize+gptq", {}), ("llama", "rotate+gptq", {}), ("llama", "gptq", {"calibration__samples": 64}),
     ("llama", "smoothquant", {"scheme__bits": 8, "scheme__group_size": -1}),
     ("llama", "nf4-gptq", {"scheme__group_size": 64}),
     ("llama", "aqlm", {"scheme__group_size": 8, "steps__aqlm__rounds": 1}), ("qwen3_moe", "gptq", {})]

@@ -25,6 +25,7 @@ METHODS = {
     "rtn": ["rtn", "--group-size", "32"], "gptq": ["gptq", "--group-size", "32", *TEXT],
     "gptq-format": ["gptq", "--group-size", "32", "--format", "gptq", *TEXT],
     "gptq-fast": ["gptq-fast", "--group-size", "32", *TEXT], "awq": ["awq", "--group-size", "32", *TEXT],
+    "equalize+gptq": ["equalize+gptq", "--group-size", "32", *TEXT],
     "awq+gptq": ["awq+gptq", "--group-size", "32", *TEXT], "smoothquant": ["smoothquant", *TEXT],
     "w8a8": ["w8a8", *TEXT], "rotate+gptq": ["rotate+gptq", "--group-size", "32", *TEXT], "fp8": ["fp8"],
     "fp8-static": ["fp8-static", *TEXT], "nvfp4": ["nvfp4", *TEXT], "mxfp4": ["mxfp4", *TEXT], "nf4": ["nf4"],
@@ -32,7 +33,7 @@ METHODS = {
     "q4_k_m": ["q4_k_m", *TEXT], "aqlm": ["aqlm", "--set", "steps.aqlm.rounds=2", *TEXT],
     "budget": ["gptq", "--budget", "4.5", *TEXT],
 }
-RESCALING = ("awq", "awq+gptq", "smoothquant", "rotate+gptq")
+RESCALING = ("awq", "awq+gptq", "equalize+gptq", "smoothquant", "rotate+gptq")
 
 
 def _dead(matrix: torch.Tensor) -> None:
