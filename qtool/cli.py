@@ -136,6 +136,7 @@ def evaluate(
                     "qtool export ./Qwen3-8B-awq --to mlx --requantize int4-g64\n\n"
                     "qtool export Qwen/Qwen3-8B --to gguf --type q4_k_m\n\n"
                     "qtool export Qwen/Qwen3-8B --to imatrix --calibration wiki.train.txt\n\n"
+                    "qtool export Qwen/Qwen3-0.6B --to text --samples 256 --out own.jsonl\n\n"
                     "qtool export ./Qwen3-8B-gptq-int4-g128 --push-to me/Qwen3-8B-gptq --private")
 def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = None, out: o.ExportOut = None,
            type: o.GgufType = None, imatrix: o.Imatrix = None, accuracy_level: o.AccuracyLevel = None,
@@ -145,7 +146,7 @@ def export(path: o.Checkpoint, to: o.Target = None, requantize: o.Requantize = N
            quiet: o.Quiet = False) -> None:
     """Write a checkpoint in another format, a quantized one with the same codes and scales; or upload it.
 
-    Also what a model's inputs look like (--to imatrix).
+    Also what a model's inputs look like (--to imatrix), and text that it makes up for its calibration (--to text).
     """
     if to is None and push_to is None:
         raise InputError("give --to FORMAT, --push-to NAMESPACE/NAME, or both")

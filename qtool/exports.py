@@ -29,19 +29,20 @@ class Wanted:
     restart: bool = False
 
 
-APART = ("gguf", "imatrix", "onnx")  # targets that no format of weights alone can be
-# option, the field of Wanted, the target that it is for
-ONLY_FOR = (("--type", "type", "gguf"), ("--imatrix", "imatrix", "gguf"),
-            ("--accuracy-level", "accuracy_level", "onnx"), ("--dtype", "dtype", "onnx"),
-            ("--calibration", "calibration", "imatrix"), ("--samples", "samples", "imatrix"),
-            ("--sequence-length", "sequence_length", "imatrix"), ("--device", "device", "imatrix"))
+APART = ("gguf", "imatrix", "onnx", "text")  # targets that no format of weights alone can be
+RUN = ("imatrix", "text")  # targets that run the model
+# option, the field of Wanted, the targets that it is for
+ONLY_FOR = (("--type", "type", ("gguf",)), ("--imatrix", "imatrix", ("gguf",)),
+            ("--accuracy-level", "accuracy_level", ("onnx",)), ("--dtype", "dtype", ("onnx",)),
+            ("--calibration", "calibration", ("imatrix",)), ("--samples", "samples", RUN),
+            ("--sequence-length", "sequence_length", RUN), ("--device", "device", RUN))
 
 
 def exported(path: str, wanted: Wanted, quiet: bool) -> dict[str, Any]:
     """Write it and return what `--json` prints. Raises InputError for options of another target."""
-    for name, field, target in ONLY_FOR:
-        if getattr(wanted, field) is not None and wanted.to != target:
-            raise InputError(f"{name} is for --to {target}, not {wanted.to}; leave it out")
+    for name, field, targets in ONLY_FOR:
+        if getattr(wanted, field) is not None and wanted.to not in targets:
+            raise InputError(f"{name} is for --to {' or '.join(targets)}, not {wanted.to}; leave it out")
     if wanted.requantize is not None:
         return _requantized(path, wanted, wanted.requantize, quiet)
     with console.working(f"reading {path}", quiet):
@@ -84,6 +85,11 @@ def _made(path: str, wanted: Wanted) -> tuple[Any, Any]:
 
         return export_imatrix, export_imatrix.make_export(source, wanted.out, wanted.calibration, wanted.samples,
                                                           wanted.sequence_length, wanted.device or "auto")
+    if wanted.to == "text":
+        from qtool import export_text
+
+        return export_text, export_text.make_export(source, wanted.out, wanted.samples, wanted.sequence_length,
+                                                    wanted.device or "auto")
     from qtool import export
 
     return export, export.make_export(source, wanted.to, wanted.out)

@@ -127,8 +127,9 @@ Corpus = Annotated[str, _option("What to read: builtin, FILE.txt, FILE.jsonl:FIE
 Windows = Annotated[int, _option("How many windows of text (20).", metavar="N")]
 Context = Annotated[int, _option("Tokens of each window (1024).", metavar="T")]
 Target = Annotated[str | None, _option("compressed-tensors, gptq, awq, mlx, modelopt, fp8, bitsandbytes, gguf, "
-                                       "onnx, hf (dense), or imatrix (the model's importance matrix, for llama.cpp's "
-                                       "quantizer and for --imatrix).", metavar="FORMAT")]
+                                       "onnx, hf (dense), imatrix (the model's importance matrix, for llama.cpp's "
+                                       "quantizer and for --imatrix), or text (that the model makes up, for "
+                                       "--calibration).", metavar="FORMAT")]
 Requantize = Annotated[str | None, _option(
     "Where FORMAT cannot hold the codes: decode them and round again, with a scheme such as int4-g64 or a data-free "
     "recipe (rtn, nf4, fp8, ...).", metavar="SCHEME|RECIPE")]
@@ -141,11 +142,11 @@ GraphDtype = Annotated[str | None, _option("onnx: in which the graph computes: f
                                            "--dtype", metavar="NAME")]
 ExportText = Annotated[str | None, _option("imatrix: text to run through the model, as with quantize (builtin).",
                                            "--calibration", metavar="SPEC")]
-ExportSamples = Annotated[int | None, _option("imatrix: sequences of text (128; on a GPU 512).", "--samples",
+ExportSamples = Annotated[int | None, _option("imatrix, text: sequences of text (128; on a GPU 512).", "--samples",
                                               metavar="N")]
-ExportLength = Annotated[int | None, _option("imatrix: tokens of each (512).", "--sequence-length", metavar="T")]
-ExportDevice = Annotated[str | None, _option("imatrix: where to compute: auto, cpu, cuda or cuda:1 (auto).", "--device",
-                                             metavar="NAME")]
+ExportLength = Annotated[int | None, _option("imatrix, text: tokens of each (512).", "--sequence-length", metavar="T")]
+ExportDevice = Annotated[str | None, _option("imatrix, text: where to compute: auto, cpu, cuda or cuda:1 (auto).",
+                                             "--device", metavar="NAME")]
 AccuracyLevel = Annotated[int | None, _option(
     "onnx: how MatMulNBits takes its inputs: 0 as they are, 1 float32, 2 float16, 3 bfloat16, 4 rounded to 8 bits, "
     "which is faster (0).", "--accuracy-level", metavar="N")]

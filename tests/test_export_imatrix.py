@@ -129,7 +129,7 @@ def test_from_the_command_line_and_back_into_a_quantizer(run: Any, tmp_path: Pat
     other = tiny.make(tmp_path / "o", "olmo2", num_hidden_layers=1)
     for given, said in (
             ((*words, "--out", tmp_path / "i.gguf"), "i.gguf exists; remove it or choose another --out"),
-            (("export", model, "--to", "gguf", "--samples", 3), "--samples is for --to imatrix, not gguf"),
+            (("export", model, "--to", "gguf", "--samples", 3), "--samples is for --to imatrix or text, not gguf"),
             (("export", other, "--to", "imatrix", "--samples", 2), "model type 'olmo2' has no names in GGUF"),
             (("export", model, "--to", "imatrix", "--sequence-length", 2), "calibration.sequence_length"),
             (("quantize", model, "--method", "q4_k_m", "--imatrix", tmp_path / "i.gguf"),

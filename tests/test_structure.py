@@ -24,7 +24,7 @@ RANKS = {
     "card": 6, "report": 6, "sensitivity": 6, "heatmap": 6, "records": 6,
     "container": 6, "onnx_graph": 6, "transfer": 6, "footprint": 6, "report_eval": 6, "runtime": 6,
     "pipeline": 7, "packing": 6, "inspect": 7, "html_report": 7, "evaluate": 7, "export": 7, "export_gguf": 7,
-    "export_onnx": 7, "export_imatrix": 7, "gguf_codes": 6, "arithmetic": 6,
+    "export_onnx": 7, "export_imatrix": 7, "export_text": 7, "gguf_codes": 6, "arithmetic": 6,
     "processes": 1, "lock": 1, "on_ray": 6, "outputs": 6, "prepare": 6, "jobs": 7, "push": 7,
     "requantize": 8, "inspecting": 8, "evaluating": 8, "console": 8, "exports": 8, "options": 8, "flags": 7, "cli": 9,
     "duration": 6, "preflight": 6, "report_plan": 6, "probe": 8, "keeping": 5, "kept": 6, "reading": 6, "trials": 6,
