@@ -71,10 +71,13 @@ def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> f
                  if getattr(step, "SCALES_INPUTS", False) or getattr(step, "LISTS_OUTLIERS", False))
     samples = plan.samples * (1 + plan.float_share) + looked + (plan.samples if plan.recipe.measures_ranges else 0)
     took = (samples * length + learned_tokens(plan)) * one
-    if plan.solves_on_text:
-        took += plan.samples * length * sum(
+    measured = plan.samples if plan.solves_on_text else 0
+    surveyed = sum(min(options.samples, plan.samples) for step, options in plan.steps
+                   if getattr(step, "SURVEYS_MOMENTS", False))
+    if measured or surveyed:
+        took += length * sum(
             _once(known, ("gram", group[0].shape[1]), lambda: trials.gram(group[0].shape[1]))  # noqa: B023
-            * _products(plan, group) for group in groups)
+            * (measured * _products(plan, group) + surveyed) for group in groups)
     if plan.scaling_steps:
         took += sum(_once(known, ("scaling", *((linear.shape, linear.scheme.label) for linear in group)),
                           lambda: trials.scaling(plan, group, one)) for group in groups)  # noqa: B023 - called here

@@ -99,7 +99,9 @@ def scaling(plan: Plan, group: Sequence[LinearPlan], one: float) -> float:
                 layer = _layer(plan, group[0], _weight(count, width))
                 found_scales[:] = step.input_scales(layer, look, options)  # noqa: B023
 
-            total += _by_rows(search).of(rows) * columns / width
+            tried, longer = _by_rows(search), columns / width
+            cubic = 3 if getattr(step, "SURVEYS_MOMENTS", False) else 1  # H is factored, whatever the rows
+            total += tried.fixed * longer**cubic + tried.per_row * rows * longer
             candidates = len(found_scales)
             if candidates > 1:
                 again = _by_rows(lambda count: _rounded(_layer(plan, group[0], _weight(count, width)), some))  # noqa: B023

@@ -46,6 +46,9 @@ def test_text_and_rows_are_counted(samples: int, constant: None, model: Path, tm
     added_to = 2 * share * GRAM * (64 + 64)  # of o and down, with 64 rows each
     twice = 2 * (tokens * (TOKEN * (1 + share) + GRAM * (1 + 2 * share) * (3 * 64 + 128) + added_to) + solving)
     assert duration.calibrated(plan) == pytest.approx(twice)
+    plan = planned(model, tmp_path / "out", "equalize+gptq", samples)
+    surveyed = 2 * (tokens * (TOKEN + GRAM * (3 * 64 + 128)) + 4 * SCALES)
+    assert duration.calibrated(plan) == pytest.approx(twice + surveyed)
     plan = planned(model, tmp_path / "out", "awq", samples)
     assert duration.calibrated(plan) == pytest.approx(once + 2 * (tokens * TOKEN + 4 * SCALES))
 
@@ -61,7 +64,7 @@ def test_each_kind_is_tried_once(constant: None, model: Path, tmp_path: Path, mo
     assert tried == [(64, False), (64, True), (128, True)]
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "equalize+gptq", "rtn"])
 def test_trials_of_a_real_plan(method: str, model: Path, tmp_path: Path) -> None:
     plan = planned(model, tmp_path / "out", method)
     assert 0 < duration.seconds(plan) < 60
@@ -74,5 +77,7 @@ def test_long_inputs_are_cut_and_scaled(model: Path, tmp_path: Path, monkeypatch
     assert trials.solving(plan, down) == trials.Solving(1.0, 0.25)
     monkeypatch.setattr(trials, "COLUMNS", 32)
     assert trials.solving(plan, down, True) == trials.Solving(4.0**3, 0.25 * 4**2)
+    equalized = planned(model, tmp_path / "out", "equalize+gptq")
+    assert trials.scaling(equalized, [down], 0.0) == 4.0**3 + 0.25 * 64 * 4  # one factor of H, and 64 rows
     monkeypatch.setattr(trials, "PASS_BYTES", 1)
     assert trials.token_pass(plan, plan.stages[1]) is None
