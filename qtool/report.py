@@ -239,15 +239,16 @@ def jobs(data: Mapping[str, Any]) -> RenderableType:
 
 def exported(data: Mapping[str, Any]) -> RenderableType:
     """The end of an export."""
-    rows: list[tuple[str, str | Text]] = [
-        ("to", Text(data["out"], style="bold green")),
-        ("size", f"{size(data['source_bytes'])} → {size(data['weight_bytes'])}"),
-        ("checked", data["checked"]),
-    ]
+    weights, written = data["from"] or "plain weights", size(data["weight_bytes"])
+    what = f"{data['linears']} linears from " if data["linears"] else ""
+    title, sizes = f"Exported {what}{weights} to {data['format']}", f"{size(data['source_bytes'])} → {written}"
+    if data["format"] == "text":
+        title, sizes = f"Wrote text with {weights}", written
+    rows: list[tuple[str, str | Text]] = [("to", Text(data["out"], style="bold green")), ("size", sizes),
+                                          ("checked", data["checked"])]
     rows += [("note", Text(text, style="yellow")) for text in data["notes"]]
     rows += [("pushed to", data["pushed"]["url"])] if "pushed" in data else []
-    what = f"{data['linears']} linears from " if data["linears"] else ""
-    return facts(f"Exported {what}{data['from'] or 'plain weights'} to {data['format']}", rows)
+    return facts(title, rows)
 
 
 def pushed(data: Mapping[str, Any]) -> RenderableType:

@@ -94,6 +94,8 @@ def test_from_the_command_line_into_quantize(run: Any, tmp_path: Path, monkeypat
     own = tmp_path / "own.jsonl"
     status, out, _ = run(*words, "--out", own, "--json")
     assert status == 0 and json.loads(out)["out"] == str(own)
+    _, said, _ = run(*words, "--out", tmp_path / "again.jsonl")
+    assert "Wrote text with" in said and "20 texts of 40 tokens, drawn from the model" in " ".join(said.split())
     text = ("--calibration", own, "--samples", 4, "--sequence-length", 16, "--group-size", 32)
     assert run("quantize", model, *text, "--out", tmp_path / "q", "--quiet")[0] == 0
     told = json.loads((tmp_path / "q" / "manifest.json").read_text())
