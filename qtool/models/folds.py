@@ -22,7 +22,7 @@ from qtool.layer import Survey
 from qtool.models.blocks import BlockArguments
 from qtool.models.statistics import InputWatch
 from qtool.models.streams import LOOK, StreamStore
-from qtool.moments import add_gram, mirror
+from qtool.moments import add_gram, mirror, zeros
 from qtool.tensors import all_finite
 
 FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
@@ -80,7 +80,7 @@ def survey(block: nn.Module, prefix: str, linears: Sequence[str], arguments: Blo
             outliers, sample = outliers + sums[name][2], torch.cat([sums[name][3], sample])
         sums[name], tokens[name] = [mean, largest, outliers, sample[:keep]], tokens.get(name, 0) + len(x)
         if moments:
-            add_gram(grams.setdefault(name, torch.zeros(x.shape[1], x.shape[1], device=x.device)), x)
+            add_gram(grams.setdefault(name, zeros(x.shape[1], x.device)), x)
 
     watch = InputWatch(block, prefix, linears, measure)
     try:

@@ -28,7 +28,7 @@ MORE = {"scheme__bits": 3, "scheme__group_size": 16, "calibration__samples": 24,
 
 
 def run(model: Path, out: Path, what: str, **more: Any) -> dict[str, Any]:
-    return quantize(model, out, steps=STEPS[what], **{**MORE, **more})
+    return quantize(model, out, **{"steps": STEPS[what], **MORE, **more})
 
 
 def faults(out: Path) -> list[Any]:
@@ -115,6 +115,19 @@ def test_codebooks_learn_too(method: str, tmp_path: Path) -> None:
                     calibration__samples=24, calibration__held_out=0.25)
     assert any(layer["tuned"][0]["kept_step"] > 0 for layer in made["layers"])
     best = min(point["held_out"] for point in made["learned"]["curve"])
+    assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=1e-4)
+    assert not faults(tmp_path / "out")
+
+
+@pytest.mark.parametrize("first", ["equalize", "awq", "rotate"])
+def test_what_moves_weights_first_can_be_learned_on(first: str, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model", "llama", dtype=torch.float32)
+    made = run(model, tmp_path / "out", "distill",
+               steps=[first, "asymmetric", "gptq", "refine", {"tune": {"tokens": 128}}, *STEPS["distill"][1:]])
+    assert any(layer["tuned"][0]["kept_step"] > 0 for layer in made["layers"])
+    curve = made["learned"]["curve"]
+    best = min(point["held_out"] for point in curve)
+    assert best < curve[0]["held_out"]
     assert divergence(model, tmp_path / "out", made["recipe"]) == pytest.approx(best, rel=1e-4)
     assert not faults(tmp_path / "out")
 
