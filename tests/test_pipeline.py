@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from qtool import decode, evaluate, inspect, manifest, pipeline, recipe
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import CheckpointError, OutputError, PlanError
+from qtool.moments import HeldOut
 from qtool.plan import make_plan
 from tests import tiny
 
@@ -120,6 +122,25 @@ def test_every_preset_goes_through_and_comes_back(method: str, tmp_path: Path) -
     text.write_text("one two three four five six seven eight nine ten " * 40)
     figures = evaluate.evaluate([decoded], source, str(text), windows=2, context=16)["models"][0]
     assert 0 < figures["kl"]["mean"] < 0.1
+
+
+@pytest.mark.parametrize("method", ["gptq", "equalize+gptq"])
+def test_statistics_are_gone_when_their_linears_are_solved(method: str, tmp_path: Path) -> None:
+    """At once: Python's collector may come when the statistics of several blocks are in memory."""
+    alive: list[int] = []
+
+    class Counting(Silent):
+        def linear(self, name: str, error: float | None) -> None:
+            alive.append(sum(type(one) is HeldOut for one in gc.get_objects()))
+
+    model = tiny.make(tmp_path / "model", "llama")
+    gc.collect()
+    gc.disable()
+    try:
+        quantize(model, tmp_path / "out", method, progress=Counting())
+    finally:
+        gc.enable()
+    assert max(alive) == 1
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "smoothquant", "equalize"])

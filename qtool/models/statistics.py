@@ -90,6 +90,7 @@ class InputWatch:
         self.residual = None
         for handle in self._handles:
             handle.remove()
+        del self.measure  # may refer to this watch, and in a circle its sums would be there until the collector comes
 
     def _all_seen(self) -> bool:
         """Whether every input has been measured; once it is known who shares one, the others need not be called."""
