@@ -26,7 +26,8 @@ from qtool.moments import add_gram, mirror, zeros
 from qtool.tensors import all_finite
 
 FEEDS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))  # linears whose channels reach another linear one by one
-TOLERANCE = 1e-3  # of the output's size, for a fold that holds; float32 and bfloat16 rounding stay below it
+TOLERANCE = 1e-3  # of the output's size, for a fold that holds
+ROUNDED = 16.0  # the same in eps of the element type, for a norm that computes with 1 + weight
 ROWS, COLUMNS = "rows", "columns"  # of a weight, that a fold divides or multiplies
 Run = Callable[[], torch.Tensor]
 
@@ -233,25 +234,29 @@ def _linear(block: nn.Module, path: str) -> nn.Linear:
 
 def _felt(block: nn.Module, group: tuple[str, ...], run: Run, expected: torch.Tensor) -> bool:
     """Whether the output of the block depends on these linears at all; if not, any fold of them would seem to hold."""
-    scale = _random_scale(_linear(block, group[0]).in_features, expected.device)
+    scale = _trial_scale(torch.Size((_linear(block, group[0]).in_features, 1, 1)), expected.device)
     with replaced(block, {f"{path}.weight": block.get_parameter(f"{path}.weight").data * scale for path in group}):
         return not torch.equal(run(), expected)
 
 
-def _random_scale(columns: int, device: torch.device) -> torch.Tensor:
-    return (torch.rand(columns, generator=torch.Generator().manual_seed(0)) + 0.5).to(device)
+def _trial_scale(shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """2 or 1/2 for each source channel, [K] of a source_shape: exact in every element type, so an output that changes
+    tells of a fold that does not hold, not of rounding."""
+    powers = torch.randint(2, (shape[0], 1, shape[2]), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (2.0**powers).expand(shape).reshape(-1).to(device)
 
 
 def _holds(block: nn.Module, fold: Fold, run: Run, expected: torch.Tensor) -> bool:
     paths = [f"{fold.source}.weight", *(f"{path}.weight" for path in fold.consumers)]
     if fold.linear and _linear(block, fold.source).bias is not None:
         paths.append(f"{fold.source}.bias")
-    columns = _linear(block, fold.consumers[0]).in_features
-    scale = tied(fold, _random_scale(columns, expected.device))
+    scale = _trial_scale(source_shape(fold, _linear(block, fold.consumers[0]).in_features), expected.device)
     with replaced(block, {path: block.get_parameter(path).data.clone() for path in paths}) as before:
-        apply(block, fold, scale, before.__getitem__, torch.float32)
+        dtype = before[paths[0]].dtype
+        apply(block, fold, scale, before.__getitem__, dtype)
         off = (run() - expected).abs().max()
-    return bool(off <= TOLERANCE * expected.float().std())
+    tolerance = max(TOLERANCE, ROUNDED * torch.finfo(dtype).eps if fold.added else 0.0)  # 1 + weight / 2 is not exact
+    return bool(off <= tolerance * expected.float().std())
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def specs_of(weights: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
 
 @dataclass
 class Loaded:
-    """A tiny checkpoint, and the pieces that most tests start from, in float32."""
+    """A tiny checkpoint, and the pieces that most tests start from, in float32 unless said otherwise."""
 
     directory: Path
     weights: dict[str, torch.Tensor]
@@ -36,12 +36,13 @@ class Loaded:
     def store(self) -> streams.StreamStore:
         return streams.StreamStore(SAMPLES, LENGTH, self.skeleton.hidden, torch.float32, 1 << 30)
 
-    def captured(self, ids: torch.Tensor, batches: list[slice]) -> tuple[streams.StreamStore, blocks.BlockArguments]:
+    def captured(self, ids: torch.Tensor, batches: list[slice],
+                 dtype: torch.dtype = torch.float32) -> tuple[streams.StreamStore, blocks.BlockArguments]:
         store = self.store()
-        return store, blocks.capture(self.skeleton, self.read, ids, store, CPU, torch.float32, batches)
+        return store, blocks.capture(self.skeleton, self.read, ids, store, CPU, dtype, batches)
 
-    def block(self, index: int) -> torch.nn.Module:
-        return blocks.load_block(self.skeleton, index, self.read, CPU, torch.float32)
+    def block(self, index: int, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        return blocks.load_block(self.skeleton, index, self.read, CPU, dtype)
 
     def full_model(self) -> Any:
         from transformers import AutoModelForCausalLM

@@ -25,22 +25,24 @@ EXPECTED = {
 
 
 class Run:
-    def __init__(self, loaded, ids) -> None:
-        self.block = loaded.block(0)
+    def __init__(self, loaded, ids, dtype=torch.float32) -> None:
+        self.block, self.dtype = loaded.block(0, dtype), dtype
         self.names = list(loaded.skeleton.block_linears(0))
-        self.store, self.arguments = loaded.captured(ids, BATCHES)
-        self.surveys = folds.survey(self.block, PREFIX, self.names, self.arguments, 0, self.store, BATCHES, CPU,
-                                    torch.float32, 40, 1.5)
+        self.store, self.arguments = loaded.captured(ids, BATCHES, dtype)
+        self.surveys = folds.survey(self.block, PREFIX, self.names, self.arguments, 0, self.store, BATCHES, CPU, dtype,
+                                    40, 1.5)
         self.folds, self.sure = folds.find_folds(self.block, self.surveys, self)
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        return statistics.run_block(self.block, self.arguments, 0, self.store, BATCHES[0], CPU, torch.float32)
+        return statistics.run_block(self.block, self.arguments, 0, self.store, BATCHES[0], CPU, self.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", sorted(EXPECTED))
-def test_what_can_be_folded(checkpoint, ids, family):
-    run = Run(checkpoint(family), ids)
+def test_what_can_be_folded(checkpoint, ids, family, dtype):
+    """Whatever the blocks compute in: some machines have units for bfloat16, and models come in float16."""
+    run = Run(checkpoint(family), ids, dtype)
     assert {fold.consumers for fold in run.folds} == EXPECTED[family]
 
 
@@ -71,9 +73,10 @@ def test_a_survey(checkpoint, ids):
     assert all(bool((row == x).all(1).any()) for row in found.sample)
 
 
-def test_no_fold_where_something_else_reads_the_norm(checkpoint, ids):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_no_fold_where_something_else_reads_the_norm(checkpoint, ids, family, dtype):
     """A linear that keeps its weight would receive other inputs."""
-    loaded = checkpoint("llama")
-    run = Run(loaded, ids)
+    run = Run(checkpoint(family), ids, dtype)
     groups = [ATTENTION[:2], MLP]
     assert [fold.consumers for fold in folds.find_folds(run.block, groups, run)[0]] == [MLP]
