@@ -67,13 +67,11 @@ def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> f
         tried = trials.token_pass(plan, stage)
         known[shapes] = 2.0 * sum(rows * columns for rows, columns in shapes) / rate if tried is None else tried
     one, groups = known[shapes], shared_inputs(stage)
-    looked = sum(min(options.samples, plan.samples) for step, options in plan.steps
-                 if getattr(step, "SCALES_INPUTS", False) or getattr(step, "LISTS_OUTLIERS", False))
+    looked = _looked_at(plan, "SCALES_INPUTS") + _looked_at(plan, "LISTS_OUTLIERS")
     samples = plan.samples * (1 + plan.float_share) + looked + (plan.samples if plan.recipe.measures_ranges else 0)
     took = (samples * length + learned_tokens(plan)) * one
     measured = plan.samples if plan.solves_on_text else 0
-    surveyed = sum(min(options.samples, plan.samples) for step, options in plan.steps
-                   if getattr(step, "SURVEYS_MOMENTS", False))
+    surveyed = _looked_at(plan, "SURVEYS_MOMENTS")
     if measured or surveyed:
         took += length * sum(
             _once(known, ("gram", group[0].shape[1]), lambda: trials.gram(group[0].shape[1]))  # noqa: B023
@@ -82,6 +80,11 @@ def _passes(plan: Plan, stage: Stage, known: dict[Any, float], rate: float) -> f
         took += sum(_once(known, ("scaling", *((linear.shape, linear.scheme.label) for linear in group)),
                           lambda: trials.scaling(plan, group, one)) for group in groups)  # noqa: B023 - called here
     return took
+
+
+def _looked_at(plan: Plan, mark: str) -> int:
+    """Samples that the steps with a mark run through a block before it is solved."""
+    return sum(min(options.samples, plan.samples) for _, options in found.having(mark, plan.steps))
 
 
 def learned_tokens(plan: Plan) -> float:

@@ -19,13 +19,13 @@ from qtool.checkpoint.gguf_writer import DENSE, DTYPES, GgufModel, GgufWriter, f
 from qtool.checkpoint.imatrix import read_imatrix, spread
 from qtool.checkpoint.reader import refuse_non_finite
 from qtool.decode import Source
-from qtool.errors import InputError, OutputError, PlanError, VerificationError
+from qtool.errors import InputError, PlanError, VerificationError
 from qtool.formats import gguf as blocks
 from qtool.methods import rtn
 from qtool.mixtures import MIXTURES
 from qtool.models import outline, skeleton
 from qtool.tensors import QuantizedTensor, TensorSpec, same_bits
-from qtool.workspace import Workspace, recover
+from qtool.workspace import Workspace, file_place
 
 NAME = "gguf"
 FILE_TYPES = {GGMLQuantizationType.F32: LlamaFileType.ALL_F32, GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -79,7 +79,8 @@ def make_export(source: Source, kind: str | None = None, out: Path | None = None
     storage = (mixed(kind, bones, source, specs, _importance(source, imatrix)) if kind in MIXTURES
                else STORAGES[kind or "auto"](specs))
     model = plan_gguf.described(source, bones)
-    return GgufExport(source, _place(source, storage, out), model, storage, model.notes)
+    where = file_place(out, f"{source.name}-{storage.label}.gguf", source.directory)
+    return GgufExport(source, where, model, storage, model.notes)
 
 
 def dense(kind: GGMLQuantizationType | None) -> Callable[[list[TensorSpec]], Storage]:
@@ -204,15 +205,6 @@ def _said(job: GgufExport, same: set[str]) -> tuple[str, bool, list[str]]:
     return ("every tensor was read back" + ("; lossless" if lossless else f" and is the source's in {storage.label}"),
             lossless, notes)
 
-
-def _place(source: Source, storage: Storage, out: Path | None) -> Path:
-    """The file to write."""
-    name = f"{source.name}-{storage.label}.gguf"
-    path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
-    recover(path, source.directory)
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"{path} exists; remove it or choose another --out")
-    return path
 
 
 def _copy(job: GgufExport, writer: GgufWriter, output: TensorSpec) -> bool:

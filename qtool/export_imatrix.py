@@ -23,7 +23,7 @@ from qtool.decode import Source
 from qtool.errors import OutputError
 from qtool.models import blocks, calibration, importance, skeleton
 from qtool.models.streams import StreamStore, batches_for
-from qtool.workspace import Workspace, recover
+from qtool.workspace import Workspace, file_place
 
 NAME = "imatrix"
 FILE = "imatrix.gguf"  # in the working directory
@@ -57,7 +57,8 @@ def make_export(source: Source, out: Path | None = None, text: str | None = None
 
     Raises InputError (or a class below it) for a model that GGUF has no names for and text that is too short.
     """
-    where, target = _place(source, out), devices.refuse_missing(devices.named(device))
+    where = file_place(out, f"{source.name}-{NAME}.gguf", source.directory)
+    target = devices.refuse_missing(devices.named(device))
     given = {"source": text, "samples": samples, "sequence_length": sequence_length}
     changes = {f"calibration.{key}": value for key, value in given.items() if value is not None}
     wanted = recipe.override(recipe.Recipe(), changes, "export")
@@ -159,13 +160,3 @@ def _kept(work: Workspace, index: int, names: Mapping[str, int]) -> dict[str, to
     if set(found) != set(names):
         raise OutputError(f"{path}: these saved statistics are of another run; start over with --restart")
     return found
-
-
-def _place(source: Source, out: Path | None) -> Path:
-    """The file to write."""
-    name = f"{source.name}-{NAME}.gguf"
-    path = Path(name) if out is None else out if out.suffix.lower() == ".gguf" else out / name
-    recover(path, source.directory)
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"{path} exists; remove it or choose another --out")
-    return path

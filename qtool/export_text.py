@@ -21,11 +21,11 @@ import qtool
 from qtool import arithmetic, devices, footprint, inspect, manifest, preflight, prepare, recipe, storage
 from qtool import plan as plans
 from qtool.decode import Source
-from qtool.errors import CalibrationError, InputError, NumericalError, OutputError
+from qtool.errors import CalibrationError, InputError, NumericalError
 from qtool.models import blocks, skeleton, tokenizer
 from qtool.models.whole import load_model
 from qtool.tensors import all_finite
-from qtool.workspace import Workspace, recover
+from qtool.workspace import Workspace, file_place
 
 NAME = "text"
 FILE = "text.jsonl"  # in the working directory
@@ -59,7 +59,8 @@ def make_export(source: Source, out: Path | None = None, samples: int | None = N
     Raises InputError (or a class below it) for a model that does not fit into memory or whose tokenizer names no token
     to begin with.
     """
-    where, target = _place(source, out), devices.refuse_missing(devices.named(device))
+    where = file_place(out, f"{source.name}-{NAME}.jsonl", source.directory)
+    target = devices.refuse_missing(devices.named(device))
     given = {"samples": samples, "sequence_length": sequence_length}
     changes = {f"calibration.{key}": value for key, value in given.items() if value is not None}
     wanted = recipe.override(recipe.Recipe(), changes, "export")
@@ -155,13 +156,3 @@ def _identity(job: TextExport) -> dict[str, Any]:
 
 def _text(job: TextExport) -> dict[str, Any]:
     return {"source": "the model's own", "samples": job.samples, "sequence_length": job.settings.sequence_length}
-
-
-def _place(source: Source, out: Path | None) -> Path:
-    """The file to write."""
-    path = (Path(f"{source.name}-{NAME}.jsonl") if out is None else out if out.suffix.lower() == ".jsonl"
-            else out / f"{source.name}-{NAME}.jsonl")
-    recover(path, source.directory)
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"{path} exists; remove it or choose another --out")
-    return path

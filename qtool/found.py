@@ -6,7 +6,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,11 @@ def _names(folder: str) -> tuple[str, ...]:
 def _collected(folder: str) -> dict[str, Any]:
     return {name: member for file in COLLECTIONS.get(folder, ())
             for name, member in importlib.import_module(f"qtool.{folder}.{file}").MEMBERS.items()}
+
+
+def having(mark: str, steps: Iterable[tuple[ModuleType, Any]]) -> list[tuple[ModuleType, Any]]:
+    """Those of the steps whose module has a mark (SCALES_INPUTS, ...) that is true, with their options."""
+    return [(module, options) for module, options in steps if getattr(module, mark, False)]
 
 
 def load(folder: str, name: str, others: Sequence[str] = ()) -> ModuleType:

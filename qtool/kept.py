@@ -100,9 +100,9 @@ def _other_steps(plan: Plan, base: Recipe) -> str:
     """Why statistics of the recipe `base` are not those of the plan's steps, or nothing."""
     before = [_step(entry) for entry in base.steps]
     for what, text in (("SCALES_INPUTS", "scale the channels of a block"), ("LISTS_OUTLIERS", "look for outliers")):
-        if _having(what, before) != _having(what, plan.steps):
+        if found.having(what, before) != found.having(what, plan.steps):
             return f"the steps that {text} are not those of the output"
-    share = max((options.share for _, options in _having("NEEDS_FLOAT_STREAM", before)), default=0.0)
+    share = max((options.share for _, options in found.having("NEEDS_FLOAT_STREAM", before)), default=0.0)
     if plan.float_share not in (0.0, share):
         return (f"asymmetric wants a share of {plan.float_share:g} of the samples in the unquantized model too, and "
                 f"{share:g} of them were measured so")
@@ -115,10 +115,6 @@ def _step(entry: Mapping[str, Any]) -> tuple[ModuleType, Any]:
     name, options = next(iter(entry.items()))
     module = found.load("methods", name)
     return module, module.Options.model_validate(options)
-
-
-def _having(what: str, steps: Sequence[tuple[ModuleType, Any]]) -> list[tuple[ModuleType, Any]]:
-    return [(module, options) for module, options in steps if getattr(module, what, False)]
 
 
 def _not_covered(kept: Kept, plan: Plan, linears: Collection[str]) -> str:

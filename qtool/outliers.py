@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qtool import found
 from qtool.plan import Plan
 from qtool.stages import Stage
 from qtool.stream import Stream
@@ -19,10 +20,9 @@ def outlier_notes(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stre
     """
     notes: dict[str, dict[str, Any]] = {}
     prefix = plan.skeleton.blocks[stage.block or 0] + "."
-    for step, options in plan.steps:
-        if getattr(step, "LISTS_OUTLIERS", False):
-            surveys = stream.survey(block, stage, options.samples, 0, plan.recipe.scheme.outlier_threshold)
-            for paths, survey in surveys.items():
-                notes |= dict.fromkeys((prefix + path for path in paths),
-                                       step.features(survey.largest, survey.outliers, options))
+    for step, options in found.having("LISTS_OUTLIERS", plan.steps):
+        surveys = stream.survey(block, stage, options.samples, 0, plan.recipe.scheme.outlier_threshold)
+        for paths, survey in surveys.items():
+            notes |= dict.fromkeys((prefix + path for path in paths),
+                                   step.features(survey.largest, survey.outliers, options))
     return notes

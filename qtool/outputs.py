@@ -73,8 +73,8 @@ def _apart(first: Plan, other: Plan) -> str:
     rounded = next((linear.name for linear in other.linears
                     if linear.name in known and linear.scheme.activations != known[linear.name].activations), None)
     if transforms[0] != transforms[1]:
-        return ("steps that change the weights before they are solved (awq, smoothquant, rotate) must be the same, "
-                "with the same options, in all outputs; make what differs in a run of its own")
+        return ("steps that change the weights before they are solved (awq, smoothquant, equalize, rotate) must be the "
+                "same, with the same options, in all outputs; make what differs in a run of its own")
     if other.calibrated != first.calibrated or (first.calibrated and not first.solves_on_text):
         return ("one is solved on statistics and the other is not; make the data-free one in a run of its own, which "
                 "is fast, or give it the step gptq")

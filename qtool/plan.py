@@ -93,7 +93,7 @@ class Plan:
     @property
     def scaling_steps(self) -> int:
         """How many steps scale the channels of a block before it is solved."""
-        return sum(getattr(module, "SCALES_INPUTS", False) for module, _ in self.steps)
+        return len(found.having("SCALES_INPUTS", self.steps))
 
     @property
     def statistics_bytes(self) -> int:
@@ -224,13 +224,12 @@ def work_of(plan: Plan) -> estimate.Work:
     return estimate.Work(plan.skeleton, plan.stages, plan.recipe, plan.device, plan.model_dtype, plan.compute_dtype,
                          plan.samples, plan.calibrated, plan.float_share, plan.rotated is not None,
                          *plan_learning.size(plan), follows_residual=plan.follows_residual,
-                         surveys_moments=any(getattr(step, "SURVEYS_MOMENTS", False) for step, _ in plan.steps))
+                         surveys_moments=bool(found.having("SURVEYS_MOMENTS", plan.steps)))
 
 
 def follows_residual(steps: Iterable[tuple[ModuleType, Any]]) -> bool:
     """Whether a step makes up for what is off in the stream that outputs are added to."""
-    return any(getattr(module, "NEEDS_FLOAT_STREAM", False) and getattr(options, "residual", False)
-               for module, options in steps)
+    return any(getattr(options, "residual", False) for _, options in found.having("NEEDS_FLOAT_STREAM", steps))
 
 
 def _stays_dense(steps: tuple[tuple[ModuleType, Any], ...], recipe: Recipe) -> bool:
@@ -263,8 +262,7 @@ def _default_out(checkpoint: Checkpoint, recipe: Recipe) -> Path:
 
 def float_share(steps: tuple[tuple[ModuleType, Any], ...]) -> float:
     """The largest share that one of the steps asks for."""
-    asking = [options for module, options in steps if getattr(module, "NEEDS_FLOAT_STREAM", False)]
-    return max((options.share for options in asking), default=0.0)
+    return max((options.share for _, options in found.having("NEEDS_FLOAT_STREAM", steps)), default=0.0)
 
 
 def _step(entry: dict[str, dict[str, Any]]) -> tuple[ModuleType, Any]:

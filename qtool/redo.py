@@ -165,8 +165,8 @@ def _refuse_parts_of_scaled(plan: Plan, linears: frozenset[str], out: Path, befo
     for stage in plan.stages:
         redone = [one.name for one in stage.linears if one.name in linears]
         if redone and len(redone) < len(stage.linears) and stage.block is not None:
-            raise PlanError(f"{out}: the input channels of its blocks are scaled (awq, smoothquant), so {redone[0]} "
-                            f"cannot be redone without the rest of its block; give --redo "
+            raise PlanError(f"{out}: the input channels of its blocks are scaled (awq, smoothquant, equalize), so "
+                            f"{redone[0]} cannot be redone without the rest of its block; give --redo "
                             f"'{plan.skeleton.blocks[stage.block]}.*'")
 
 

@@ -30,13 +30,12 @@ def rescale(plan: Plan, stage: Stage, block: torch.nn.Module, stream: Stream,
     """
     notes: Notes = {}
     scalings: list[folds.Scaling] = []
-    for step, options in plan.steps:
-        if getattr(step, "SCALES_INPUTS", False):
-            surveys = stream.survey(block, stage, options.samples, getattr(options, "tokens", 0),
-                                    moments=getattr(step, "SURVEYS_MOMENTS", False))
-            trial = Trial(block, functools.partial(stream.trial, block, stage))
-            for fold in stream.folds(block, stage, surveys):
-                scalings += _scale(plan, stage, trial, fold, surveys[fold.consumers], step, options, weights, notes)
+    for step, options in found.having("SCALES_INPUTS", plan.steps):
+        surveys = stream.survey(block, stage, options.samples, getattr(options, "tokens", 0),
+                                moments=getattr(step, "SURVEYS_MOMENTS", False))
+        trial = Trial(block, functools.partial(stream.trial, block, stage))
+        for fold in stream.folds(block, stage, surveys):
+            scalings += _scale(plan, stage, trial, fold, surveys[fold.consumers], step, options, weights, notes)
     return notes, scalings
 
 

@@ -88,24 +88,23 @@ def scaling(plan: Plan, group: Sequence[LinearPlan], one: float) -> float:
     """
     rows, columns = sum(linear.shape[0] for linear in group), group[0].shape[1]
     width, total = min(columns, COLUMNS), 0.0
-    for step, options in plan.steps:
-        if getattr(step, "SCALES_INPUTS", False):
-            some = torch.randn(getattr(options, "tokens", 2 * width), width)
-            size = some.abs()
-            look = Survey(size.mean(0), size.amax(0), torch.zeros(width), some, some.T @ some / len(some))
-            found_scales: list[Any] = []
+    for step, options in found.having("SCALES_INPUTS", plan.steps):
+        some = torch.randn(getattr(options, "tokens", 2 * width), width)
+        size = some.abs()
+        look = Survey(size.mean(0), size.amax(0), torch.zeros(width), some, some.T @ some / len(some))
+        found_scales: list[Any] = []
 
-            def search(count: int) -> None:
-                layer = _layer(plan, group[0], _weight(count, width))
-                found_scales[:] = step.input_scales(layer, look, options)  # noqa: B023
+        def search(count: int) -> None:
+            layer = _layer(plan, group[0], _weight(count, width))
+            found_scales[:] = step.input_scales(layer, look, options)  # noqa: B023
 
-            tried, longer = _by_rows(search), columns / width
-            cubic = 3 if getattr(step, "SURVEYS_MOMENTS", False) else 1  # H is factored, whatever the rows
-            total += tried.fixed * longer**cubic + tried.per_row * rows * longer
-            candidates = len(found_scales)
-            if candidates > 1:
-                again = _by_rows(lambda count: _rounded(_layer(plan, group[0], _weight(count, width)), some))  # noqa: B023
-                total += candidates * (again.of(rows) * columns / width + one * TRIAL_TOKENS)
+        tried, longer = _by_rows(search), columns / width
+        cubic = 3 if getattr(step, "SURVEYS_MOMENTS", False) else 1  # H is factored, whatever the rows
+        total += tried.fixed * longer**cubic + tried.per_row * rows * longer
+        candidates = len(found_scales)
+        if candidates > 1:
+            again = _by_rows(lambda count: _rounded(_layer(plan, group[0], _weight(count, width)), some))  # noqa: B023
+            total += candidates * (again.of(rows) * columns / width + one * TRIAL_TOKENS)
     return total
 
 

@@ -171,6 +171,19 @@ def recover(out: Path, source: Path | None = None) -> None:
                           "it, or choose another --out") from None
 
 
+def file_place(out: Path | None, name: str, source: Path) -> Path:
+    """The file that a command is to write, and has not: `out` where it ends as `name` does, else `name` in the folder
+    `out`. What an earlier run left is ended first (see recover). source: the folder it must not be in.
+
+    Raises OutputError, also for a file that is there.
+    """
+    path = Path(name) if out is None else out if out.suffix.lower() == Path(name).suffix else out / name
+    recover(path, source)
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"{path} exists; remove it or choose another --out")
+    return path
+
+
 def _lacks_its_name(folder: Path) -> bool:
     return (folder / manifest.NAME).is_file() and not (folder / journal.NAME).exists()
 
