@@ -64,6 +64,7 @@ def reference(folder: Path, ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, 
     return sums
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_entry_is_the_sum_over_the_inputs(family: str, tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "m", family, num_hidden_layers=2) if family != "gemma3" else tiny.make(

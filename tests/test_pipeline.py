@@ -143,9 +143,12 @@ def test_statistics_are_gone_when_their_linears_are_solved(method: str, tmp_path
     assert max(alive) == 1
 
 
+@pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["awq", "awq+gptq", "smoothquant", "equalize"])
-def test_scaled_channels_leave_the_model_as_it_was(method: str, tmp_path: Path) -> None:
+def test_scaled_channels_leave_the_model_as_it_was(method: str, computing: torch.dtype, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are other ones, the function is nearly the same; and scaling helps where channels differ much."""
+    monkeypatch.setattr("qtool.plan.choose_compute_dtype", lambda *_: computing)
     model = tiny.make(tmp_path / "model", "llama")
     tensors = load_file(model / "model.safetensors")
     spread = torch.exp(1.5 * torch.randn(tensors["model.layers.0.input_layernorm.weight"].shape,

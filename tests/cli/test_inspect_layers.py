@@ -131,6 +131,7 @@ def test_output_errors_are_those_of_the_whole_model(run: Run, model: Path, rtn: 
         assert row["output_error"] == pytest.approx(expected[row["name"]], rel=0.02), row["name"]  # bf16 or float32
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_output_errors_include_the_rounding_of_inputs(run: Run, model: Path, tmp_path: Path) -> None:
     make("quantize", model, "--method", "w8a8", "--samples", "4", "--sequence-length", "32", "--quiet",
          "--out", tmp_path / "out")

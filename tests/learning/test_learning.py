@@ -82,6 +82,7 @@ def logits(source: decode.Source, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits.log_softmax(-1)
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("what", ["distill", "qat"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_files_have_the_divergence_that_learning_ended_with(family: str, what: str, tmp_path: Path) -> None:
