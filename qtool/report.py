@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qtool import learned, repairs
+from qtool import found, learned, repairs
 from qtool.units import millions, percent, size, span
 
 OUTLIERS_SHOWN = 5  # of each linear; JSON has all that the manifest lists
@@ -52,6 +52,7 @@ def quantized(manifest: Mapping[str, Any], out: str, seconds: float, redone: int
                  f"{bits(totals['bits_per_weight'])}"),
         *rotated(manifest["rotation"]),
     ]
+    rows += _scaled(manifest)
     rows += _allocated(manifest.get("allocation"))
     rows += [("learned", text) for text in learned.sentences(manifest["layers"], manifest.get("learned"))]
     kind, errors = errors_of(manifest["layers"])
@@ -79,6 +80,19 @@ def rotated(rotation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     parts += [f"heads by {one}" for one in rotation["heads"]]
     parts += [f"{name} no longer shares the embedding" for name in rotation["untied"]]
     return [("rotated", ", ".join(parts))]
+
+
+def _scaled(manifest: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
+    """What the steps that scale channels came to; that they found none is no error, but seldom what is wanted."""
+    steps = [name for step in manifest["recipe"]["steps"] for name in step
+             if getattr(found.load("methods", name), "SCALES_INPUTS", False)]
+    count = sum(bool(layer.get("rescaled")) for layer in manifest["layers"])
+    if not steps:
+        return []
+    if count:
+        return [("scaled", f"channels of {count} linears, by {', '.join(steps)}")]
+    return [("note", Text(f"{', '.join(steps)} did nothing: this model has no channels that can be scaled without "
+                          "changing what it computes", style="yellow"))]
 
 
 def _allocated(allocation: Mapping[str, Any] | None) -> list[tuple[str, str | Text]]:

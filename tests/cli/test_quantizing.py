@@ -73,3 +73,13 @@ def test_redo_on_kept_statistics_on_the_command_line(run: Run, place: Path, mode
 def test_flags_that_do_not_go_together(words: list[str], message: str, run: Run, place: Path, model: Path) -> None:
     status, out, err = run("quantize", model, *words)
     assert (status, out) == (2, "") and message in err
+
+
+def test_the_end_tells_what_scaling_came_to(run: Run, model: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("quantize", model, "--method", "awq", "--group-size", "32", "--samples", "4", "--sequence-length", "32")
+    status, out, _ = run(*command, "--out", tmp_path / "scaled")
+    assert status == 0 and "scaled channels of 21 linears, by awq" in " ".join(out.split())
+    monkeypatch.setattr("qtool.models.folds.find_folds", lambda *_: ([], True))
+    status, out, _ = run(*command, "--out", tmp_path / "not")
+    assert status == 0 and "awq did nothing: this model has no channels" in " ".join(out.split())
