@@ -55,6 +55,8 @@ def load_tokens(spec: Calibration, directory: Path, samples: int, vocabulary: in
             f"calibration source '{spec.source}' gives {len(tokens)} tokens, but {samples} samples of {length} need "
             f"{needed}; use more text{fewer} or a smaller calibration.sequence_length")
     ids = torch.tensor(tokens[:needed], dtype=torch.int64).view(samples, -1)
+    del tokens, text_tokenizer
+    heap.give_back()  # what splitting all of the text at once took, many times its size
     if begin:
         ids = torch.cat([torch.full((samples, 1), begin[0]), ids], dim=1)
     if int(ids.max()) >= vocabulary:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +170,32 @@ def test_hub_dataset(plain, monkeypatch):
     with pytest.raises(CalibrationError, match="'org/absent' cannot be read: no such dataset"):
         load("org/absent", plain)
     assert asked["split"] == "train" and asked["config"] is None
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from qtool import heap
+heap.reuse()
+from qtool.models import calibration
+from qtool.recipe import Calibration
+
+def load(samples):
+    spec = Calibration(source="builtin", samples=samples, sequence_length=512)
+    calibration.load_tokens(spec, Path(sys.argv[1]), samples, 1 << 30)
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+load(1)
+before = memory("VmRSS")
+load(600)
+print((memory("VmRSS") - before) / (memory("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what a process holds")
+def test_memory_of_splitting_the_text_is_given_back(plain):
+    """Blocks are solved beside what stays of it."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, plain], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.2
