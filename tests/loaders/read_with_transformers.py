@@ -32,10 +32,23 @@ def main(jobs: list[dict]) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             job["model"], dtype=getattr(torch, job.get("dtype", "float32")), **settings)
         assert AutoTokenizer.from_pretrained(job["model"]).encode("Hello")
-        with torch.no_grad():
-            logits = model(torch.tensor([job["ids"]])).logits[0].float()
+        weights = four_bit_weights(model)
+        logits = logits_of(model, job["ids"])
         kinds = sorted({type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__})
-        save_file({"logits": logits.contiguous(), **four_bit_weights(model)}, job["out"], {"modules": " ".join(kinds)})
+        save_file({**logits, **weights}, job["out"], {"modules": " ".join(kinds)})
+
+
+def logits_of(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
+    """`logits`; and `packed.logits`, if bitsandbytes has a kernel of its own for this processor (AVX512-BF16), for which the
+    first product packs the codes anew and rounds the scales of the blocks to bfloat16."""
+    packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    answers = {}
+    for name in ("logits", "packed.logits") if packing else ("logits",):
+        for module in packing:
+            module.support_avx512bf16_for_cpu = name == "packed.logits"
+        with torch.no_grad():
+            answers[name] = model(torch.tensor([ids])).logits[0].float().contiguous()
+    return answers
 
 
 def four_bit_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
