@@ -39,8 +39,8 @@ def main(jobs: list[dict]) -> None:
 
 
 def logits_of(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
-    """`logits`; and `packed.logits`, if bitsandbytes has a kernel of its own for this processor (AVX512-BF16), for which the
-    first product packs the codes anew and rounds the scales of the blocks to bfloat16."""
+    """`logits`; and `packed.logits`, if bitsandbytes has a kernel of its own for this processor (AVX512-BF16), for
+    which the first product packs the codes anew and rounds the scales of the blocks to bfloat16."""
     packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
     answers = {}
     for name in ("logits", "packed.logits") if packing else ("logits",):

@@ -5,7 +5,8 @@ usage: read_with_vllm.py JOBS.json, a list of
 {"model": folder, "ids": token ids, "out": safetensors file, "dtype": "float32", "tokens": how many are generated}
 
 vLLM's int4 kernel for CPUs needs AVX-512 and knows no float32. Where it cannot serve, its place is taken by one that
-decodes the parameters as vLLM has loaded and fused them, with vLLM's own unpacking, and multiplies.
+decodes the parameters as vLLM has loaded and fused them, with vLLM's own unpacking, and multiplies. Its int8 kernel for
+AMX knows no float32 either: there its other one (oneDNN) multiplies.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 def use_plain_kernel_where_needed() -> None:
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu as int8
     from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 
     kernel = cpu.CPUWNA16LinearKernel
@@ -55,6 +57,8 @@ def use_plain_kernel_where_needed() -> None:
         return torch.nn.functional.linear(x.float(), layer.plain_weight, bias).to(x.dtype)
 
     kernel._process_gptq_weights_w4a16, kernel.apply_weights = prepare, multiply
+    for_amx = int8.check_cpu_sgl_kernel
+    int8.check_cpu_sgl_kernel = lambda n, k, dtype: torch.get_default_dtype() != torch.float32 and for_amx(n, k, dtype)
 
 
 def main(jobs: list[dict]) -> None:
