@@ -121,7 +121,9 @@ def _memory(work: Work, base: int) -> dict[str, int]:
              **({"learning": learn} if learn else {}), **({"distilling": _distilling(work)} if work.distilling else {})}
     around = max(around, terms.get("distilling", 0))
     if work.device.type == "cpu":
-        return {**terms, "peak": base + max(held + max(running + source, around), trial)}
+        most = max(held + max(running + source, around), trial)
+        kept = min(heap.TRIMMED_FROM, most - held)  # of what was freed
+        return {**terms, "kept": kept, "peak": base + most + kept}
     on_device = max(running, embedding + forward)
     return {**terms, "gpu": on_device, "peak": base + max(held + source + max(largest, outside), trial)}
 

@@ -67,7 +67,7 @@ NEEDS = {"runtime": "program", "tensor": "largest tensor", "stream": "activation
          "read_ahead": "the next block, as read", "embedding": "embedding", "outside": "embedding or head, quantized",
          "trial": "trying rotations", "search": "search for schemes", "resume": "activations, to go on after a kill",
          "spilled": "activations past memory_budget_gb", "parts": "inputs and outputs of parts of a block",
-         "learning": "learning", "distilling": "learning on the whole model"}
+         "learning": "learning", "kept": "freed, kept for the next", "distilling": "learning on the whole model"}
 
 
 def needs(data: Mapping[str, Any]) -> RenderableType:

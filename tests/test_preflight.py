@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qtool import container, estimate, pipeline, preflight, prepare, probe, recipe
+from qtool import container, estimate, heap, pipeline, preflight, prepare, probe, recipe
 from qtool.checkpoint import open_checkpoint
 from qtool.errors import InputError, PlanError
 from qtool.outputs import make_plan
@@ -118,6 +118,14 @@ def test_a_small_disk_is_refused_by_run_and_plan(model: Path, tmp_path: Path, mo
     with pytest.raises(PlanError, match=r"too small: the run needs .* of disk in .* calibration.samples=256; or"):
         pipeline.run(checkpoint, plan, Silent())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_counts_what_the_c_library_keeps_of_freed_tensors(model: Path, tmp_path: Path) -> None:
+    """Never more than was there to be freed, nor than its threshold."""
+    needs = {samples: planned(model, tmp_path / "out", calibration__samples=samples)[1].memory for samples in (4, 4096)}
+    for memory in needs.values():
+        freed = memory["peak"] - memory["runtime"] - memory["stream"] - memory["kept"]
+        assert memory["kept"] == min(freed, heap.TRIMMED_FROM) > memory["forward"]
 
 
 def test_a_run_is_refused_only_for_memory_that_never_was(model: Path, tmp_path: Path,
